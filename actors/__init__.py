@@ -1,0 +1,1 @@
+"""Long-lived state and the work itself; knows Ray, never Ray Serve."""

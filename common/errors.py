@@ -1,0 +1,197 @@
+"""Every error this system raises on purpose, with its HTTP status and whether a retry helps.
+
+ServingError                       500
+├─ ConfigError                     (start-up) a configuration value is unknown or impossible
+├─ CheckpointError                 (start-up) a checkpoint is damaged or incomplete
+│  └─ UnsupportedModelError        (start-up) an architecture this version cannot serve
+├─ CapacityError                   (start-up) the experts do not fit in the host memory on offer
+├─ SlotsTooFewError                (start-up) a layer has fewer slots than one token needs
+├─ HashTableError                  a hash table cannot be used; the request runs on demand
+├─ RequestError                    400
+│  ├─ InvalidParameterError        400  one field of the request
+│  ├─ VocabularyError              400  a token id outside the vocabulary
+│  ├─ ContextTooLongError          400  prompt + max_tokens over the limit
+│  ├─ AuthenticationError          401
+│  └─ ModelNotFoundError           404
+└─ UnavailableError                503, retryable
+   ├─ QueueFullError               503, retryable  too many requests wait
+   ├─ EngineStoppedError           503, retryable  the executor stops or has died
+   └─ ExpertsUnavailableError      503, retryable  an expert could not be fetched in time
+
+Ray rebuilds an exception by calling its class with `args`, so every class passes all its arguments to
+`super().__init__` and formats its message in `__str__`.
+"""
+
+from typing import Any, ClassVar
+
+
+class ServingError(Exception):
+    """Root of the tree. `status` is the HTTP status, `code` the machine-readable name in the API."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+    param: str | None = None  # the request field at fault, if one is
+
+
+class ConfigError(ServingError):
+    code = "invalid_config"
+
+    def __init__(self, key: str, value: Any, allowed: str) -> None:
+        super().__init__(key, value, allowed)
+        self.key, self.value, self.allowed = key, value, allowed
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value!r} is not possible: {self.allowed}"
+
+
+class CheckpointError(ServingError):
+    code = "invalid_checkpoint"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.path}: {self.problem}"
+
+
+class UnsupportedModelError(CheckpointError):
+    code = "unsupported_model"
+
+
+class CapacityError(ServingError):
+    code = "host_memory_too_small"
+
+    def __init__(self, needed_bytes: int, available_bytes: int, remedy: str) -> None:
+        super().__init__(needed_bytes, available_bytes, remedy)
+        self.needed_bytes, self.available_bytes, self.remedy = needed_bytes, available_bytes, remedy
+
+    def __str__(self) -> str:
+        needed, available = self.needed_bytes / 1e9, self.available_bytes / 1e9
+        return f"the experts need {needed:.2f} GB but the object store offers {available:.2f} GB; {self.remedy}"
+
+
+class SlotsTooFewError(ServingError):
+    code = "too_few_slots"
+
+    def __init__(self, slots: int, top_k: int) -> None:
+        super().__init__(slots, top_k)
+        self.slots, self.top_k = slots, top_k
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slots} expert slots per layer are too few: one token needs {self.top_k} experts at once; "
+            f"set expert_slots to {self.top_k} or more"
+        )
+
+
+class HashTableError(ServingError):
+    code = "unusable_hash_table"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"hash table not usable: {self.problem}"
+
+
+class RequestError(ServingError):
+    status = 400
+    code = "invalid_request"
+
+
+class InvalidParameterError(RequestError):
+    code = "invalid_parameter"
+
+    def __init__(self, param: str, value: Any, allowed: str) -> None:
+        super().__init__(param, value, allowed)
+        self.param, self.value, self.allowed = param, value, allowed
+
+    def __str__(self) -> str:
+        return f"{self.param}={self.value!r} is not possible: {self.allowed}"
+
+
+class VocabularyError(RequestError):
+    code = "token_out_of_range"
+
+    def __init__(self, token_id: int, vocab_size: int) -> None:
+        super().__init__(token_id, vocab_size)
+        self.param, self.token_id, self.vocab_size = "prompt", token_id, vocab_size
+
+    def __str__(self) -> str:
+        return f"token id {self.token_id} is not in the vocabulary of {self.vocab_size} tokens (0 to {self.vocab_size - 1})"
+
+
+class ContextTooLongError(RequestError):
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
+        super().__init__(prompt_tokens, max_tokens, limit)
+        self.param, self.prompt_tokens, self.max_tokens, self.limit = "prompt", prompt_tokens, max_tokens, limit
+
+    def __str__(self) -> str:
+        return (
+            f"the prompt has {self.prompt_tokens} tokens and max_tokens is {self.max_tokens}, together "
+            f"{self.prompt_tokens + self.max_tokens}; the limit is {self.limit}"
+        )
+
+
+class AuthenticationError(RequestError):
+    status = 401
+    code = "invalid_api_key"
+
+    def __str__(self) -> str:
+        return "missing or wrong API key; send it as 'Authorization: Bearer <key>'"
+
+
+class ModelNotFoundError(RequestError):
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, model: str, served: str) -> None:
+        super().__init__(model, served)
+        self.param, self.model, self.served = "model", model, served
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} is not served here; {self.served!r} is"
+
+
+class UnavailableError(ServingError):
+    status = 503
+    code = "unavailable"
+    retryable = True
+
+
+class QueueFullError(UnavailableError):
+    code = "queue_full"
+
+    def __init__(self, waiting: int, limit: int) -> None:
+        super().__init__(waiting, limit)
+        self.waiting, self.limit = waiting, limit
+
+    def __str__(self) -> str:
+        return f"{self.waiting} requests wait already and the limit is {self.limit}; try again later"
+
+
+class EngineStoppedError(UnavailableError):
+    code = "engine_stopped"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the executor stopped before the request was finished: {self.reason}; try again"
+
+
+class ExpertsUnavailableError(UnavailableError):
+    code = "experts_unavailable"
+
+    def __init__(self, layer: int, expert_id: int, waited_s: float) -> None:
+        super().__init__(layer, expert_id, waited_s)
+        self.layer, self.expert_id, self.waited_s = layer, expert_id, waited_s
+
+    def __str__(self) -> str:
+        return f"expert {self.expert_id} of layer {self.layer} could not be fetched in {self.waited_s:.0f} s; try again"

@@ -1,0 +1,75 @@
+"""One expert as one contiguous slab of bytes: which tensors lie in it, in which order, at which offsets.
+
+The *stored* layout (in the expert store) and the *slot* layout (in an executor) are separate instances. Today they
+differ in dtype at most; packed and low-precision stored forms are decoded by whoever fetches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+ALIGNMENT_BYTES = 64  # of every tensor in a slab: grouped GEMM wants 16, the object store gives 64
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One tensor of an expert, without the leading experts dimension of the module's parameter."""
+
+    name: str  # of the parameter in the experts module: "gate_up_proj"
+    shape: tuple[int, ...]
+    offset_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Names, shapes and offsets of one expert; the same for every expert of a model."""
+
+    tensors: tuple[ExpertTensor, ...]
+    dtype_name: str  # "bfloat16"; a name, not a torch.dtype, so that it travels as text too
+    slab_bytes: int
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> "ExpertLayout":
+        """Lay the tensors out in the mapping's order, each aligned to ALIGNMENT_BYTES."""
+        tensors, offset = [], 0
+        for name, shape in shapes.items():
+            tensors.append(ExpertTensor(name, tuple(shape), offset))
+            offset += _aligned(prod(shape) * dtype.itemsize)
+        return cls(tuple(tensors), str(dtype).removeprefix("torch."), offset)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype_name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def with_dtype(self, dtype: torch.dtype) -> "ExpertLayout":
+        """The same tensors in another dtype, with offsets of their own."""
+        return self.from_shapes({tensor.name: tensor.shape for tensor in self.tensors}, dtype)
+
+    def views(self, slabs: Tensor) -> dict[str, Tensor]:
+        """Typed views of slabs, by tensor name; no bytes are copied.
+
+        Args:
+            slabs: [..., slab_bytes] uint8, contiguous.
+        Returns:
+            name -> [..., *shape] of the layout's dtype; strided when slabs has leading dimensions.
+        """
+        assert slabs.dtype == torch.uint8 and slabs.shape[-1] == self.slab_bytes
+        elements = slabs.view(self.dtype)  # [..., slab elements]
+        views = {}
+        for tensor in self.tensors:
+            start = tensor.offset_bytes // self.dtype.itemsize
+            views[tensor.name] = elements[..., start : start + tensor.num_elements].unflatten(-1, tensor.shape)
+        return views
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
