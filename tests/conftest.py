@@ -1,0 +1,48 @@
+"""What all tests share: one Ray cluster and one Serve HTTP port per session. Knows no part of the system."""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+# Read by Ray when it is imported, so they are set before.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+LOGICAL_CPUS = 8  # more than a laptop has: tests share the machine, they do not fill it
+OBJECT_STORE_BYTES = 600_000_000
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster of the session's own."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=LOGICAL_CPUS,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def serve_url(ray_cluster: None) -> Iterator[str]:
+    """Serve on that cluster, without applications; yields its base URL, "http://127.0.0.1:<port>"."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
