@@ -1,0 +1,95 @@
+"""The experts function `slots` in the library's registry: looks tokens' experts up in the page table, has misses paged
+in, and runs the library's own grouped GEMM over the slots. One function for every family; routers are never touched.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from actors.executor.pager import Pager
+from actors.executor.passes import PassClock
+
+EXPERTS_IMPLEMENTATION = "slots"
+_ATTRIBUTE = "slot_experts"
+
+
+class SlotExperts:
+    """The slots of one MoE layer, attached to the library's experts module of that layer."""
+
+    def __init__(self, layer: int, pager: Pager, clock: PassClock) -> None:
+        self._layer, self._pager, self._clock = layer, pager, clock
+
+    def attach(self, experts: nn.Module) -> None:
+        setattr(experts, _ATTRIBUTE, self)
+
+    def forward(self, experts: nn.Module, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """
+        Args:
+            hidden: [tokens, hidden]. topk_ids: [tokens, top_k] int64. topk_weights: [tokens, top_k].
+        Returns:
+            [tokens, hidden], bit-equal to the library's grouped_mm with every expert resident.
+        """
+        running = self._clock.running
+        assert running is not None
+        self._clock.enter(self._layer)
+        if running.routing is not None:
+            topk_ids, topk_weights = running.routing.of_layer(self._layer, like=topk_weights)
+        ids = topk_ids.cpu()  # [tokens, top_k]; the one host synchronisation of the layer
+        resident = self._pager.resident(self._layer)
+        needed: NDArray[np.int64] = np.unique(ids.numpy())
+        running.record(ids.numpy(), needed, resident)
+        if len(needed) <= self._pager.num_slots:
+            output = self._single_wave(experts, hidden, ids, topk_weights, needed)
+        else:
+            output = self._waves(experts, hidden, ids, topk_weights, _split(needed, resident, self._pager.num_slots))
+        self._clock.leave(self._layer)
+        return output
+
+    def _single_wave(
+        self, experts: nn.Module, hidden: Tensor, ids: Tensor, topk_weights: Tensor, needed: NDArray[np.int64]
+    ) -> Tensor:
+        with self._pager.reading(self._layer, needed.tolist()) as slot_of:
+            return _grouped_mm(experts, hidden, slot_of[ids].to(hidden.device), topk_weights)
+
+    def _waves(
+        self, experts: nn.Module, hidden: Tensor, ids: Tensor, topk_weights: Tensor, waves: Iterator[list[int]]
+    ) -> Tensor:
+        """Each (token, choice) pair is computed in the wave of its expert; weighting and summing come after the last
+        wave, in the order and precision of the library's forward, so the number of waves does not change a bit.
+        """
+        num_tokens, top_k = ids.shape
+        pair_ids = ids.reshape(-1)  # [tokens * top_k]
+        rows = hidden.new_empty(num_tokens * top_k, hidden.shape[-1])
+        for wave in waves:
+            pairs = torch.isin(pair_ids, torch.tensor(wave)).nonzero().squeeze(1)  # [pairs of this wave]
+            here = pairs.to(hidden.device)
+            with self._pager.reading(self._layer, wave) as slot_of:
+                slots = slot_of[pair_ids[pairs]].unsqueeze(1).to(hidden.device)
+                ones = hidden.new_ones(len(pairs), 1)
+                rows[here] = _grouped_mm(experts, hidden[here // top_k], slots, ones)
+        weighted = rows * topk_weights.reshape(-1, 1)
+        return weighted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _split(needed: NDArray[np.int64], resident: NDArray[np.bool_], num_slots: int) -> Iterator[list[int]]:
+    """Waves of at most num_slots experts, the resident ones first so that none of them is evicted unread."""
+    order = np.concatenate([needed[resident[needed]], needed[~resident[needed]]])
+    for start in range(0, len(order), num_slots):
+        yield order[start : start + num_slots].tolist()
+
+
+def _grouped_mm(experts: nn.Module, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    output: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, slots, weights)
+    return output
+
+
+def _slots_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    slot_experts: SlotExperts = getattr(experts, _ATTRIBUTE)
+    return slot_experts.forward(experts, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _slots_forward)

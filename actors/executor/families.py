@@ -1,0 +1,44 @@
+"""Which of the library's families the runner can drive, and which attention masks they take. Reads configs only."""
+
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from common.errors import UnsupportedModelError
+
+# Layers whose whole state is keys and values. Recurrent, convolutional and chunked layers keep other state.
+_KEY_VALUE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+def check_supported(config: PretrainedConfig, folder: str | Path) -> None:
+    """
+    Raises:
+        UnsupportedModelError: a layer needs a cache that the executor does not have.
+    """
+    others = sorted(set(layer_types(config) or ()) - _KEY_VALUE_LAYERS)
+    if others or config.is_encoder_decoder:
+        kind = ", ".join(others) if others else "encoder-decoder"
+        raise UnsupportedModelError(
+            str(folder), f"{config.model_type} is not supported yet: it has {kind} layers, this version serves "
+            "decoders whose layers are all full or sliding-window attention"
+        )
+
+
+def layer_types(config: PretrainedConfig) -> list[str] | None:
+    types = getattr(config.get_text_config(), "layer_types", None)
+    return list(types) if types else None
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """The window of the layers that have one, in tokens; None when no layer does."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    types = layer_types(config)
+    if not window or (types is not None and "sliding_attention" not in types):
+        return None
+    return int(window)
+
+
+def takes_mask_per_layer_type(config: PretrainedConfig) -> bool:
+    """Whether the model expects a dict of masks by layer type; the others take one mask for all layers."""
+    return "sliding_attention" in (layer_types(config) or ())

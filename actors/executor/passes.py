@@ -1,0 +1,109 @@
+"""One forward of the model, a *pass*: whose tokens it carries, which routing it is given, which experts it used; and
+the clock by which the prefetcher knows how far the passes are.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Expert ids and weights that replace the routers' (SiDA-MoE, arXiv 2310.18859, algorithm 1)."""
+
+    expert_ids: Tensor  # [layers, tokens, top_k] int64
+    weights: Tensor  # [layers, tokens, top_k] float32
+
+    def of_layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and weights of one layer, on the device and in the dtype of `like`."""
+        return self.expert_ids[layer].to(like.device), self.weights[layer].to(like)
+
+
+class Pass:
+    """A forward over one sequence's prompt chunk, or over one token of each of several sequences.
+
+    Args:
+        routing: replaces the routers' choice; None lets them decide.
+        keep_choices: keep every layer's expert ids, for scoring a prediction later.
+    """
+
+    def __init__(self, num_sequences: int, routing: Routing | None = None, keep_choices: bool = False) -> None:
+        self.num_sequences = num_sequences
+        self.routing = routing
+        self.needed, self.missed = np.zeros((2, num_sequences), np.int64)  # [sequences] each
+        self.choices: list[NDArray[np.int64]] | None = [] if keep_choices else None  # per layer [tokens, top_k]
+
+    def record(self, ids: NDArray[np.int64], needed: NDArray[np.int64], resident: NDArray[np.bool_]) -> None:
+        """Account for one layer: ids [tokens, top_k] chosen, needed the distinct ones, resident [experts] before."""
+        if self.num_sequences == 1:
+            self.needed += len(needed)
+            self.missed += int(np.count_nonzero(~resident[needed]))
+        else:
+            self.needed += ids.shape[1]
+            self.missed += np.count_nonzero(~resident[ids], axis=1)
+        if self.choices is not None:
+            self.choices.append(ids)
+
+
+class PassClock:
+    """Counts MoE layers over all passes: layer l of pass p is at time p * num_layers + l."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.passes_begun = 0
+        self.running: Pass | None = None
+        self._entered = -1  # the latest time whose layer has begun
+        self._left = 0  # every earlier time's layer is over
+        self._changed = threading.Condition()
+
+    def begin_pass(self, begun: Pass) -> None:
+        with self._changed:
+            self.passes_begun += 1
+            self.running = begun
+
+    def end_pass(self) -> None:
+        """The pass is over, whether or not it reached its last layer."""
+        with self._changed:
+            self.running = None
+            self._entered = self.passes_begun * self.num_layers - 1
+            self._left = self.passes_begun * self.num_layers
+            self._changed.notify_all()
+
+    def enter(self, layer: int) -> None:
+        with self._changed:
+            self._entered = (self.passes_begun - 1) * self.num_layers + layer
+            self._changed.notify_all()
+
+    def leave(self, layer: int) -> None:
+        with self._changed:
+            self._left = (self.passes_begun - 1) * self.num_layers + layer + 1
+            self._changed.notify_all()
+
+    def is_over(self, pass_number: int, layer: int) -> bool:
+        """Whether the layer has begun in that pass: too late to prefetch for it."""
+        return self._entered >= pass_number * self.num_layers + layer
+
+    def wait_for_turn(self, pass_number: int, layer: int, cancelled: threading.Event) -> bool:
+        """Wait until the pass before has finished the layer (SiDA-MoE, section 3.4: only then may its slots be taken).
+
+        Returns:
+            Whether prefetching for it still makes sense.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: cancelled.is_set() or self._left > (pass_number - 1) * self.num_layers + layer
+            )
+            return not cancelled.is_set() and not self.is_over(pass_number, layer)
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+def to_routing(expert_ids: NDArray[np.uint16], weights: NDArray[np.float16]) -> Routing:
+    """Args: both [layers, tokens, k], of a hash table."""
+    return Routing(torch.from_numpy(expert_ids.astype(np.int64)), torch.from_numpy(weights.astype(np.float32)))

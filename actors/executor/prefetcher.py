@@ -1,0 +1,89 @@
+"""Copies predicted experts into slots ahead of the passes that will need them, layer by layer, on a thread of its own.
+
+A prediction only moves experts earlier: whatever is late, wrong or lost, the pager fetches on demand.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.executor.pager import Pager
+from actors.executor.passes import PassClock
+from common.errors import ServingError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrefetchPlan:
+    """The experts one coming pass is predicted to use."""
+
+    pass_number: int
+    experts_by_layer: Sequence[Sequence[int]]  # most wanted first, at most as many as there are slots
+    on_copied: Callable[[int], None]  # called with the bytes of each copy, on the prefetcher's thread
+
+
+def plan_prefetch(
+    expert_ids: NDArray[np.uint16],
+    num_experts: int,
+    num_slots: int,
+    pass_number: int,
+    on_copied: Callable[[int], None],
+) -> PrefetchPlan:
+    """Args: expert_ids: [layers, tokens, k], the hash table's rows of the pass's tokens."""
+    by_layer = [_most_wanted(ids.reshape(-1), num_experts)[:num_slots] for ids in expert_ids]
+    return PrefetchPlan(pass_number, by_layer, on_copied)
+
+
+def _most_wanted(ids: NDArray[np.uint16], num_experts: int) -> list[int]:
+    counts = np.bincount(ids, minlength=num_experts)
+    order = np.argsort(-counts, kind="stable")
+    return [int(expert_id) for expert_id in order if counts[expert_id]]
+
+
+class Prefetcher:
+    """Works plans off in the order they were submitted; a layer whose pass has reached it is skipped."""
+
+    def __init__(self, pager: Pager, clock: PassClock) -> None:
+        self._pager, self._clock = pager, clock
+        self._plans: queue.SimpleQueue[PrefetchPlan | None] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prefetcher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, plan: PrefetchPlan) -> None:
+        self._plans.put(plan)
+
+    def stop(self) -> None:
+        """Twice is fine."""
+        self._stopped.set()
+        self._clock.wake()
+        self._plans.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (plan := self._plans.get()) is not None and not self._stopped.is_set():
+            for layer, expert_ids in enumerate(plan.experts_by_layer):
+                self._prefetch_layer(plan, layer, expert_ids)
+
+    def _prefetch_layer(self, plan: PrefetchPlan, layer: int, expert_ids: Sequence[int]) -> None:
+        if not self._clock.wait_for_turn(plan.pass_number, layer, self._stopped):
+            return
+        keep = frozenset(expert_ids)
+        for expert_id in expert_ids:
+            if self._clock.is_over(plan.pass_number, layer):
+                return
+            try:
+                if self._pager.prefetch(layer, expert_id, keep):
+                    plan.on_copied(self._pager.source.layout.slab_bytes)
+            except ServingError as error:
+                logger.warning("prefetch of expert %d of layer %d failed, it will be fetched on demand: %s", expert_id, layer, error)
+                return

@@ -1,0 +1,79 @@
+"""Runs passes: tokens of given rows in, logits of each row's last token out. Decides nothing about who runs when."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.executor.families import sliding_window, takes_mask_per_layer_type
+from actors.executor.kv_cache import RowCache
+from actors.executor.model_loader import SlotModel
+from actors.executor.passes import Pass
+
+
+@dataclass(frozen=True)
+class RowInput:
+    """The next tokens of one row."""
+
+    row: int
+    start: int  # position of the first token
+    token_ids: Sequence[int]
+
+
+class ModelRunner:
+    """One model and its row cache. Every call must come from the same thread."""
+
+    def __init__(self, slot_model: SlotModel, num_rows: int, max_tokens: int) -> None:
+        self._model = slot_model.model
+        self._clock = slot_model.clock
+        self._device = slot_model.model.device
+        self._window = sliding_window(self._model.config)
+        self._mask_per_layer_type = takes_mask_per_layer_type(self._model.config)
+        self._mask_is_additive = self._model.config._attn_implementation == "eager"
+        self.cache = RowCache(num_rows, max_tokens)
+
+    @torch.inference_mode()
+    def run(self, inputs: Sequence[RowInput], pass_: Pass) -> Tensor:
+        """Run one pass and fill the rows' caches.
+
+        Args:
+            inputs: rows in rising order, all with the same number of tokens.
+        Returns:
+            [rows, vocab] float32 logits of each row's last token, on the model's device.
+        """
+        token_ids = torch.tensor([row.token_ids for row in inputs], device=self._device)  # [rows, queries]
+        starts = torch.tensor([[row.start] for row in inputs], device=self._device)
+        positions = starts + torch.arange(token_ids.shape[1], device=self._device)  # [rows, queries]
+        length = self.cache.address([row.row for row in inputs], positions)
+        self._clock.begin_pass(pass_)
+        try:
+            output = self._model(
+                input_ids=token_ids,
+                position_ids=positions,
+                attention_mask=self._masks(positions, length),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        finally:
+            self._clock.end_pass()
+        logits: Tensor = output.logits
+        return logits[:, -1].float()
+
+    def _masks(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+        """Ready-made [rows, 1, queries, length] masks, which the library passes on as they are."""
+        keys = torch.arange(length, device=positions.device)
+        causal = keys <= positions[:, None, :, None]
+        if self._window is None:
+            return self._mask(causal)
+        sliding = causal & (keys > positions[:, None, :, None] - self._window)
+        if self._mask_per_layer_type:
+            return {"full_attention": self._mask(causal), "sliding_attention": self._mask(sliding)}
+        return self._mask(sliding)
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        if not self._mask_is_additive:
+            return visible
+        mask = torch.zeros_like(visible, dtype=self._model.dtype)
+        return mask.masked_fill(~visible, torch.finfo(self._model.dtype).min)
