@@ -7,6 +7,7 @@ ServingError                       500
 ├─ CapacityError                   (start-up) the experts do not fit in the host memory on offer
 ├─ SlotsTooFewError                (start-up) a layer has fewer slots than one token needs
 ├─ HashTableError                  a hash table cannot be used; the request runs on demand
+├─ TableBusError                   retryable  the table bus does not answer; the request runs on demand
 ├─ RequestError                    400
 │  ├─ InvalidParameterError        400  one field of the request
 │  ├─ VocabularyError              400  a token id outside the vocabulary
@@ -69,7 +70,9 @@ class CapacityError(ServingError):
 
     def __str__(self) -> str:
         needed, available = self.needed_bytes / 1e9, self.available_bytes / 1e9
-        return f"the experts need {needed:.2f} GB but the object store offers {available:.2f} GB; {self.remedy}"
+        return (
+            f"the experts need {needed:.2f} GB but the object store offers {available:.2f} GB; {self.remedy}"
+        )
 
 
 class SlotsTooFewError(ServingError):
@@ -95,6 +98,18 @@ class HashTableError(ServingError):
 
     def __str__(self) -> str:
         return f"hash table not usable: {self.problem}"
+
+
+class TableBusError(ServingError):
+    code = "table_bus_unavailable"
+    retryable = True
+
+    def __init__(self, server: str, problem: str) -> None:
+        super().__init__(server, problem)
+        self.server, self.problem = server, problem
+
+    def __str__(self) -> str:
+        return f"table bus {self.server}: {self.problem}; requests run on demand until it answers"
 
 
 class RequestError(ServingError):
@@ -129,7 +144,12 @@ class ContextTooLongError(RequestError):
 
     def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
         super().__init__(prompt_tokens, max_tokens, limit)
-        self.param, self.prompt_tokens, self.max_tokens, self.limit = "prompt", prompt_tokens, max_tokens, limit
+        self.param, self.prompt_tokens, self.max_tokens, self.limit = (
+            "prompt",
+            prompt_tokens,
+            max_tokens,
+            limit,
+        )
 
     def __str__(self) -> str:
         return (

@@ -46,3 +46,13 @@ def serve_url(ray_cluster: None) -> Iterator[str]:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    """The URL of an embedded Valkey server; tests share it, so each uses request ids of its own."""
+    from deployments.table_server import EmbeddedValkey
+
+    server = EmbeddedValkey("127.0.0.1")
+    yield server.url
+    server.stop()
