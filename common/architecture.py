@@ -41,7 +41,9 @@ def load_config(folder: str | Path) -> PretrainedConfig:
         UnsupportedModelError: the library does not know the architecture.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(str(folder), "no config.json there; give the folder of a Hugging Face checkpoint")
+        raise CheckpointError(
+            str(folder), "no config.json there; give the folder of a Hugging Face checkpoint"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except ValueError as error:
@@ -62,7 +64,9 @@ def meta_model(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise UnsupportedModelError(str(folder), f"{config.model_type} is no causal language model") from error
+        raise UnsupportedModelError(
+            str(folder), f"{config.model_type} is no causal language model"
+        ) from error
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -84,7 +88,17 @@ def describe_architecture(folder: str | Path) -> MoeArchitecture:
         UnsupportedModelError: not a causal language model whose experts go through the library's registry.
     """
     config = load_config(folder)
-    experts = find_experts_modules(meta_model(config, folder))
+    return architecture_of(meta_model(config, folder), folder)
+
+
+def architecture_of(model: PreTrainedModel, folder: str | Path) -> MoeArchitecture:
+    """`describe_architecture` of a model that is built already; `folder` is for the messages.
+
+    Raises:
+        UnsupportedModelError: as `describe_architecture`.
+    """
+    config = model.config
+    experts = find_experts_modules(model)
     if not experts:
         raise UnsupportedModelError(
             str(folder), f"{config.model_type} has no MoE layer in the library's experts registry"
@@ -121,5 +135,7 @@ def _top_k(config: PretrainedConfig, folder: str | Path) -> int:
     values = [getattr(config, name, None) for name in _TOP_K_NAMES]
     found = [value[0] if isinstance(value, list) else value for value in values if value]
     if not found:
-        raise UnsupportedModelError(str(folder), f"config.json names no experts per token ({', '.join(_TOP_K_NAMES)})")
+        raise UnsupportedModelError(
+            str(folder), f"config.json names no experts per token ({', '.join(_TOP_K_NAMES)})"
+        )
     return int(found[0])

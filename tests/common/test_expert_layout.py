@@ -1,0 +1,69 @@
+"""ExpertLayout: what is written through a view is read back through another, and slabs never overlap."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.expert_layout import ALIGNMENT_BYTES, ExpertLayout
+
+SHAPES = st.dictionaries(
+    st.sampled_from(["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"]),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
+    min_size=1,
+)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@given(SHAPES, DTYPES, st.integers(1, 4))
+def test_views_hold_what_was_written(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, num_slabs: int
+) -> None:
+    layout = ExpertLayout.from_shapes(shapes, dtype)
+    slabs = torch.full((num_slabs, layout.slab_bytes), 0xFF, dtype=torch.uint8)
+    written = {name: torch.randn(num_slabs, *shape).to(dtype) for name, shape in shapes.items()}
+    for name, view in layout.views(slabs).items():
+        view.copy_(written[name])
+    for name, view in layout.views(slabs).items():
+        assert view.dtype == dtype
+        assert torch.equal(view, written[name])
+
+
+@given(SHAPES, DTYPES)
+def test_tensors_are_aligned_in_order_and_inside_the_slab(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    layout = ExpertLayout.from_shapes(shapes, dtype)
+    assert [tensor.name for tensor in layout.tensors] == list(shapes)
+    end = 0
+    for tensor in layout.tensors:
+        assert tensor.offset_bytes % ALIGNMENT_BYTES == 0
+        assert 0 <= tensor.offset_bytes - end < ALIGNMENT_BYTES
+        end = tensor.offset_bytes + tensor.num_elements * dtype.itemsize
+    assert 0 <= layout.slab_bytes - end < ALIGNMENT_BYTES
+
+
+@given(SHAPES, DTYPES, DTYPES)
+def test_another_dtype_keeps_names_and_shapes(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, other: torch.dtype
+) -> None:
+    layout = ExpertLayout.from_shapes(shapes, dtype).with_dtype(other)
+    assert layout == ExpertLayout.from_shapes(shapes, other)
+    assert layout.dtype == other
+
+
+@given(SHAPES, DTYPES)
+def test_travels_by_pickle(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    layout = ExpertLayout.from_shapes(shapes, dtype)
+    assert pickle.loads(pickle.dumps(layout)) == layout
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_views_of_slabs_share_their_memory(leading: tuple[int, ...]) -> None:
+    layout = ExpertLayout.from_shapes({"up": (4, 8), "down": (8, 4)}, torch.bfloat16)
+    slabs = torch.zeros(*leading, layout.slab_bytes, dtype=torch.uint8)
+    layout.views(slabs)["down"].fill_(1.0)
+    assert slabs[..., : 4 * 8 * 2].count_nonzero() == 0
+    assert slabs.count_nonzero() > 0
