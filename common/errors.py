@@ -6,6 +6,7 @@ ServingError                       500
 │  └─ UnsupportedModelError        (start-up) an architecture this version cannot serve
 ├─ CapacityError                   (start-up) the experts do not fit in the host memory on offer
 ├─ SlotsTooFewError                (start-up) a layer has fewer slots than one token needs
+├─ NonFiniteLogitsError            500  the model computed NaN for a request
 ├─ HashTableError                  a hash table cannot be used; the request runs on demand
 ├─ TableBusError                   retryable  the table bus does not answer; the request runs on demand
 ├─ RequestError                    400
@@ -87,6 +88,17 @@ class SlotsTooFewError(ServingError):
             f"{self.slots} expert slots per layer are too few: one token needs {self.top_k} experts at once; "
             f"set expert_slots to {self.top_k} or more"
         )
+
+
+class NonFiniteLogitsError(ServingError):
+    code = "non_finite_logits"
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
+
+    def __str__(self) -> str:
+        return f"the model's output for the token at position {self.position} is not a number; check the checkpoint and dtype"
 
 
 class HashTableError(ServingError):

@@ -1,0 +1,348 @@
+"""The generation loop: admits sequences to cache rows, runs prompt chunks and decode batches, hands out tokens.
+
+One thread owns the model. `submit`, `cancel` and `attach_table` may be called from any thread and never block on it.
+"""
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from actors.executor.passes import Pass, PassClock, Routing, to_routing
+from actors.executor.prefetcher import Prefetcher, plan_prefetch
+from actors.executor.report import EngineReport, LayerReport
+from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.sampler import sample
+from actors.executor.sequence import ChunkSink, Sequence
+from actors.executor.pager import Pager
+from actors.predictor.hash_function import HashFunctionState
+from common.errors import EngineStoppedError, HashTableError, NonFiniteLogitsError, QueueFullError
+from common.generation import GenerationRequest
+from common.hash_table import HashTable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much the engine takes on at once."""
+
+    max_batch_size: int  # sequences in the KV cache
+    prefill_chunk_tokens: int  # prompt tokens per step, so that running streams do not stall
+    max_queued_requests: int  # waiting for a row
+
+
+class Engine:
+    """Continuous batching over one model: sequences join and leave at every step.
+
+    Args:
+        tokenizer: None for a model without one; texts are empty then.
+        eos_ids: tokens that end a sequence.
+        prefetcher: None to fetch on demand only.
+        new_hash_function_state: routing=predicted; None lets the routers decide.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pager: Pager,
+        clock: PassClock,
+        limits: EngineLimits,
+        tokenizer: Tokenizer | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        prefetcher: Prefetcher | None = None,
+        new_hash_function_state: Callable[[], HashFunctionState] | None = None,
+    ) -> None:
+        self._runner, self._pager, self._clock = runner, pager, clock
+        self._limits, self._tokenizer, self._eos_ids = limits, tokenizer, eos_ids
+        self._prefetcher, self._new_state = prefetcher, new_hash_function_state
+        self._changed = threading.Condition()  # guards the next four, and each sequence's table
+        self._sequences: dict[str, Sequence] = {}  # every unfinished one
+        self._waiting: deque[Sequence] = deque()
+        self._cancelled: set[str] = set()
+        self._stop_reason: str | None = None
+        self._prompt_under_way: tuple[Sequence, int, int] | None = None  # sequence, start and stop of its chunk
+        self._free_rows = list(range(limits.max_batch_size))
+        self._prefilling: list[Sequence] = []
+        self._decoding: list[Sequence] = []
+        self._tables: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._named, self._chosen = np.zeros((2, clock.num_layers), np.int64)  # predictor recall, [layers]
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.start()
+        self._thread.start()
+
+    def stop(self, reason: str = "it was shut down") -> None:
+        """Fail what is unfinished and end the threads. Twice is fine."""
+        with self._changed:
+            self._stop_reason = self._stop_reason or reason
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+
+    def check_health(self) -> None:
+        """
+        Raises:
+            EngineStoppedError: the engine's thread has ended.
+        """
+        if self._stop_reason is not None:
+            raise EngineStoppedError(self._stop_reason)
+
+    def submit(self, request: GenerationRequest, sink: ChunkSink) -> None:
+        """Queue a request; its chunks, or one error, go to the sink.
+
+        Raises:
+            QueueFullError: too many requests wait for a row.
+            EngineStoppedError: the engine takes no more requests.
+        """
+        sequence = Sequence.of(request, sink, self._tokenizer)
+        with self._changed:
+            self.check_health()
+            if len(self._waiting) >= self._limits.max_queued_requests + len(self._free_rows):
+                raise QueueFullError(len(self._waiting), self._limits.max_queued_requests)
+            self._sequences[request.request_id] = sequence
+            self._waiting.append(sequence)
+            self._changed.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request: its row is free before the next step. Unknown or finished ones are no error."""
+        with self._changed:
+            if request_id in self._sequences:
+                self._cancelled.add(request_id)
+                self._changed.notify_all()
+
+    def attach_table(self, request_id: str, table: HashTable) -> None:
+        """Give a request its hash table: prefetching for its prompt begins, even in the middle of a pass.
+
+        Raises:
+            HashTableError: the table does not fit the model or the prompt; it is not used.
+        """
+        with self._changed:
+            sequence = self._sequences.get(request_id)
+            if sequence is None:
+                return
+            try:
+                table.check_fits(
+                    self._pager.source.model_fingerprint,
+                    self._clock.num_layers,
+                    self._pager.num_experts,
+                    sequence.num_prompt_tokens,
+                )
+            except HashTableError:
+                self._tables["unusable"] += 1
+                raise
+            sequence.table = table
+            under_way = self._prompt_under_way
+            started = sequence.num_computed > 0 or (under_way is not None and under_way[0] is sequence)
+            self._tables["late" if started else "on_time"] += 1
+            if under_way is not None and under_way[0] is sequence:
+                self._plan(*under_way, pass_number=self._clock.passes_begun - 1)
+
+    def count_lost_table(self) -> None:
+        """A request's table did not come; it runs on demand."""
+        self._tables["lost"] += 1
+
+    def report(self) -> EngineReport:
+        """What is resident and what has happened since start. May be called while a pass runs."""
+        layers = []
+        for layer in range(self._clock.num_layers):
+            resident = np.flatnonzero(self._pager.resident(layer)).tolist()
+            recall = float(self._named[layer] / self._chosen[layer]) if self._chosen[layer] else None
+            layers.append(LayerReport.of(layer, resident, self._pager.counters(layer), recall))
+        return EngineReport(
+            slots_per_layer=self._pager.num_slots,
+            num_experts=self._pager.num_experts,
+            layers=tuple(layers),
+            hash_tables={kind: self._tables[kind] for kind in ("on_time", "late", "lost", "unusable")},
+            num_running=len(self._prefilling) + len(self._decoding),
+            num_waiting=len(self._waiting),
+            prompt_tokens=self._tokens["prompt"],
+            generated_tokens=self._tokens["generated"],
+        )
+
+    def _run(self) -> None:
+        reason = "its thread failed"
+        try:
+            while self._wait_for_work():
+                self._step()
+            reason = self._stop_reason or reason
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            logger.exception("the engine's thread failed")
+        finally:
+            with self._changed:
+                self._stop_reason = reason
+            for sequence in list(self._sequences.values()):
+                self._fail(sequence, EngineStoppedError(reason))
+
+    def _wait_for_work(self) -> bool:
+        """Returns: False when the engine is to stop."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stop_reason or self._waiting or self._prefilling or self._decoding or self._cancelled
+            )
+            return self._stop_reason is None
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        self._prefill()
+        self._decode()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+        for request_id in cancelled:
+            if (sequence := self._sequences.get(request_id)) is not None:
+                self._retire(sequence)
+
+    def _admit(self) -> None:
+        with self._changed:
+            while self._waiting and self._free_rows:
+                sequence = self._waiting.popleft()
+                sequence.row = min(self._free_rows)
+                self._free_rows.remove(sequence.row)
+                self._prefilling.append(sequence)
+
+    def _prefill(self) -> None:
+        budget = self._limits.prefill_chunk_tokens
+        for sequence in tuple(self._prefilling):
+            start = sequence.num_computed
+            stop = min(sequence.num_prompt_tokens, start + budget)
+            self._run_prompt_chunk(sequence, start, stop)
+            budget -= stop - start
+            if budget <= 0:
+                return
+
+    def _run_prompt_chunk(self, sequence: Sequence, start: int, stop: int) -> None:
+        try:
+            routing = self._prompt_routing(sequence, start, stop)
+            pass_ = Pass(1, routing, keep_choices=routing is None)
+            with self._changed:
+                self._prompt_under_way = (sequence, start, stop)
+                self._plan(sequence, start, stop, pass_number=self._clock.passes_begun)
+                if not self._decoding and stop < sequence.num_prompt_tokens:
+                    self._plan_next_chunk(sequence, stop, pass_number=self._clock.passes_begun + 1)
+            token_ids = sequence.request.prompt_token_ids[start:stop]
+            logits = self._runner.run([RowInput(sequence.row, start, token_ids)], pass_)
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        finally:
+            with self._changed:
+                self._prompt_under_way = None
+        self._account([sequence], pass_)
+        sequence.num_computed = stop
+        self._tokens["prompt"] += stop - start
+        if sequence.prompt_is_computed:
+            self._prefilling.remove(sequence)
+            self._decoding.append(sequence)
+            self._take_tokens([sequence], logits)
+
+    def _decode(self) -> None:
+        if not self._decoding:
+            return
+        batch = sorted(self._decoding, key=lambda sequence: sequence.row)
+        try:
+            pass_ = Pass(len(batch), self._decode_routing(batch))
+            if self._prefilling:
+                head = self._prefilling[0]
+                with self._changed:
+                    self._plan_next_chunk(head, head.num_computed, pass_number=self._clock.passes_begun + 1)
+            inputs = [RowInput(s.row, s.num_computed, (s.generated[-1],)) for s in batch]
+            logits = self._runner.run(inputs, pass_)
+        except Exception as error:
+            for sequence in batch:
+                self._fail(sequence, error)
+            return
+        self._account(batch, pass_)
+        for sequence in batch:
+            sequence.num_computed += 1
+        self._take_tokens(batch, logits)
+
+    def _account(self, batch: list[Sequence], pass_: Pass) -> None:
+        slab_bytes = self._pager.source.layout.slab_bytes
+        for index, sequence in enumerate(batch):
+            missed = int(pass_.missed[index])
+            sequence.needed += int(pass_.needed[index])
+            sequence.missed += missed
+            sequence.moved_bytes += missed * slab_bytes
+            if pass_.choices is not None:
+                sequence.choices.append(pass_.choices)
+
+    def _take_tokens(self, batch: list[Sequence], logits: Tensor) -> None:
+        """Sample one token per sequence and pass it on. Args: logits: [sequences, vocab] float32."""
+        broken = logits.isnan().any(dim=-1).tolist()
+        tokens = sample([sequence.sampler for sequence in batch], logits.nan_to_num() if any(broken) else logits)
+        for sequence, (token_id, logprobs), is_broken in zip(batch, tokens, broken, strict=True):
+            if is_broken:
+                self._fail(sequence, NonFiniteLogitsError(sequence.num_computed))
+                continue
+            self._tokens["generated"] += 1
+            if sequence.append(token_id, logprobs, self._eos_ids):
+                self._retire(sequence)
+
+    def _prompt_routing(self, sequence: Sequence, start: int, stop: int) -> Routing | None:
+        """routing=predicted: the table's rows of the chunk. Without a table in time, one is predicted here."""
+        if self._new_state is None:
+            return None
+        if sequence.hash_function is None:
+            sequence.hash_function = self._new_state()
+            table = sequence.hash_function.prefill(sequence.request.prompt_token_ids)
+            with self._changed:
+                sequence.table = sequence.table or table
+        assert sequence.table is not None
+        return to_routing(sequence.table.expert_ids[:, start:stop], sequence.table.weights[:, start:stop])
+
+    def _decode_routing(self, batch: list[Sequence]) -> Routing | None:
+        if self._new_state is None:
+            return None
+        steps = []
+        for sequence in batch:
+            assert sequence.hash_function is not None
+            steps.append(sequence.hash_function.step(sequence.generated[-1]))
+        return to_routing(np.stack([ids for ids, _ in steps], axis=1), np.stack([w for _, w in steps], axis=1))
+
+    def _plan_next_chunk(self, sequence: Sequence, start: int, pass_number: int) -> None:
+        stop = min(sequence.num_prompt_tokens, start + self._limits.prefill_chunk_tokens)
+        self._plan(sequence, start, stop, pass_number)
+
+    def _plan(self, sequence: Sequence, start: int, stop: int, pass_number: int) -> None:
+        """Have the experts of a prompt chunk prefetched, if its table is there. The caller holds the lock."""
+        if self._prefetcher is None or sequence.table is None:
+            return
+
+        def count(copied_bytes: int) -> None:
+            sequence.moved_bytes += copied_bytes
+
+        expert_ids = sequence.table.expert_ids[:, start:stop]
+        plan = plan_prefetch(expert_ids, self._pager.num_experts, self._pager.num_slots, pass_number, count)
+        self._prefetcher.submit(plan)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        logger.error("request %s failed: %s", sequence.request_id, error, exc_info=error)
+        self._retire(sequence)
+        sequence.sink.fail(error)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Forget a finished, failed or cancelled sequence and free its row."""
+        if (score := sequence.score()) is not None:
+            self._named += score.num_named
+            self._chosen += score.num_chosen
+        with self._changed:
+            del self._sequences[sequence.request_id]
+            for group in (self._waiting, self._prefilling, self._decoding):
+                if sequence in group:
+                    group.remove(sequence)
+            if sequence.row >= 0:
+                self._free_rows.append(sequence.row)

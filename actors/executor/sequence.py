@@ -1,0 +1,107 @@
+"""One request inside the engine, from its arrival to its last chunk. Only the engine's thread changes it."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from actors.executor.prediction_score import PredictionScore, score_prediction
+from actors.executor.sampler import Sampler
+from actors.executor.text_stream import TextStream
+from actors.predictor.hash_function import HashFunctionState
+from common.generation import (
+    ExpertUsage,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    TokenLogprobs,
+)
+from common.hash_table import HashTable
+
+
+class ChunkSink(Protocol):
+    """Where a sequence's output goes. Called on the engine's thread; must not block."""
+
+    def put(self, chunk: GenerationChunk) -> None:
+        """The next chunk; the one with a finish reason is the last call."""
+
+    def fail(self, error: Exception) -> None:
+        """The request cannot be finished; the last call."""
+
+
+@dataclass
+class Sequence:
+    """State of one request."""
+
+    request: GenerationRequest
+    sink: ChunkSink
+    sampler: Sampler
+    text: TextStream
+    row: int = -1  # of the KV cache, once admitted
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    generated: list[int] = field(default_factory=list)
+    table: HashTable | None = None
+    hash_function: HashFunctionState | None = None  # routing=predicted: predicts generated tokens
+    choices: list[list[NDArray[np.int64]]] = field(default_factory=list)  # per prompt pass, per layer [tokens, top_k]
+    needed: int = 0
+    missed: int = 0
+    moved_bytes: int = 0
+
+    @classmethod
+    def of(cls, request: GenerationRequest, sink: ChunkSink, tokenizer: Tokenizer | None) -> "Sequence":
+        text = TextStream(tokenizer, request.prompt_token_ids, request.sampling.stop)
+        return cls(request, sink, Sampler(request.sampling), text)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def prompt_is_computed(self) -> bool:
+        return self.num_computed >= self.num_prompt_tokens
+
+    def score(self) -> PredictionScore | None:
+        """How good the hash table was; None without a table, or where it was obeyed instead of the routers."""
+        return score_prediction(self.choices, self.table) if self.table and self.choices else None
+
+    def usage(self) -> ExpertUsage:
+        score = self.score()
+        if self.hash_function is not None:
+            predicted = self.needed
+        else:
+            predicted = 0 if score is None else score.needed_pairs_named
+        return ExpertUsage(self.needed, predicted, self.missed, self.moved_bytes)
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None, eos_ids: frozenset[int]) -> bool:
+        """Take a sampled token and pass it on.
+
+        Returns:
+            Whether the sequence is finished.
+        """
+        self.generated.append(token_id)
+        text = self.text.push(token_id)
+        reason = self._finish_reason(token_id, eos_ids)
+        if reason is not None and not self.text.stopped:
+            text += self.text.flush()
+        self.sink.put(
+            GenerationChunk(
+                token_ids=(token_id,),
+                text=text,
+                logprobs=() if logprobs is None else (logprobs,),
+                finish_reason=reason,
+                experts=None if reason is None else self.usage(),
+            )
+        )
+        return reason is not None
+
+    def _finish_reason(self, token_id: int, eos_ids: frozenset[int]) -> FinishReason | None:
+        sampling = self.request.sampling
+        if self.text.stopped or (token_id in eos_ids and not sampling.ignore_eos):
+            return "stop"
+        return "length" if len(self.generated) >= sampling.max_tokens else None

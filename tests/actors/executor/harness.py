@@ -1,0 +1,123 @@
+"""Engines over tiny checkpoints without Ray, and the library's own generation to hold them against."""
+
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from actors.executor.engine import Engine, EngineLimits
+from actors.executor.eviction import EVICTION_POLICIES
+from actors.executor.expert_source import CheckpointExpertSource, ExpertSource
+from actors.executor.model_loader import SlotModel, load_slot_model
+from actors.executor.prefetcher import Prefetcher
+from actors.executor.runner import ModelRunner
+from common.checkpoint import Checkpoint
+from common.generation import GenerationChunk, GenerationRequest, SamplingParams
+
+WAIT_S = 60.0
+PROMPTS = ([5, 9, 12, 7, 3, 4, 8, 11, 2, 6, 1, 13, 14, 25], [17, 3, 20, 21], [30, 31, 32, 33, 34, 35, 36])
+
+
+class QueueSink:
+    """Collects a request's chunks; `result` waits for the last one."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[GenerationChunk | Exception] = queue.SimpleQueue()
+        self.chunks: list[GenerationChunk] = []
+
+    def put(self, chunk: GenerationChunk) -> None:
+        self._queue.put(chunk)
+
+    def fail(self, error: Exception) -> None:
+        self._queue.put(error)
+
+    def next(self) -> GenerationChunk:
+        item = self._queue.get(timeout=WAIT_S)
+        if isinstance(item, Exception):
+            raise item
+        self.chunks.append(item)
+        return item
+
+    def result(self) -> list[GenerationChunk]:
+        while not self.chunks or self.chunks[-1].finish_reason is None:
+            self.next()
+        return self.chunks
+
+    def token_ids(self) -> list[int]:
+        return [token_id for chunk in self.result() for token_id in chunk.token_ids]
+
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.result())
+
+    def is_silent(self) -> bool:
+        return self._queue.empty()
+
+
+@dataclass
+class Harness:
+    """One engine and the parts a test wants to look at."""
+
+    engine: Engine
+    slot_model: SlotModel
+
+    def submit(self, prompt: Sequence[int], request_id: str, **sampling: Any) -> QueueSink:
+        params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
+        sink = QueueSink()
+        self.engine.submit(GenerationRequest(request_id, tuple(prompt), params), sink)
+        return sink
+
+    def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
+        sinks = [self.submit(prompt, f"r{index}", **sampling) for index, prompt in enumerate(prompts)]
+        return [sink.token_ids() for sink in sinks]
+
+
+def slot_model(
+    folder: Path,
+    num_slots: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    eviction: str = "lru",
+    source: ExpertSource | None = None,
+    device: str = "cpu",
+) -> SlotModel:
+    """A model whose free slots are poisoned; num_slots None is the smallest legal number."""
+    checkpoint = Checkpoint.open(folder)
+    return load_slot_model(
+        folder,
+        source or CheckpointExpertSource(checkpoint),
+        num_slots or checkpoint.architecture.top_k,
+        dtype,
+        torch.device(device),
+        EVICTION_POLICIES[eviction],
+        poison_free_slots=True,
+    )
+
+
+def start_engine(model: SlotModel, *, prefetch: bool = True, limits: EngineLimits | None = None, **engine: Any) -> Harness:
+    limits = limits or EngineLimits(max_batch_size=4, prefill_chunk_tokens=5, max_queued_requests=8)
+    runner = ModelRunner(model, limits.max_batch_size, max_tokens=128)
+    prefetcher = Prefetcher(model.pager, model.clock) if prefetch else None
+    built = Engine(runner, model.pager, model.clock, limits, prefetcher=prefetcher, **engine)
+    built.start()
+    return Harness(built, model)
+
+
+def library_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same checkpoint with every expert in place."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="grouped_mm")
+    return model.eval()
+
+
+def library_greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        do_sample=False,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
