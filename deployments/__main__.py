@@ -1,0 +1,49 @@
+"""`python -m deployments`: `serve run --name sida deployments.app:build`, on an HTTP address of one's choice.
+
+`serve run` itself always takes port 8000. Ends with Ctrl-C.
+"""
+
+import argparse
+
+import click
+import ray
+from ray import serve
+
+from deployments.app import build
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        app = build(dict(_pair(text) for text in arguments.settings))
+    except click.ClickException as error:
+        raise SystemExit(f"Error: {error.message}") from error
+    ray.init(namespace="serve", include_dashboard=False, log_to_driver=True)
+    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    try:
+        serve.run(app, name="sida", blocking=True)
+    finally:
+        serve.shutdown()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments", description="Serve a model on this machine."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="HTTP address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="HTTP port to listen on (%(default)s)")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="keys of the configuration, see README.md"
+    )
+    return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SystemExit(f"Error: {text!r} is not of the form key=value")
+    return key, value
+
+
+if __name__ == "__main__":
+    main()

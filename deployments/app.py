@@ -1,0 +1,124 @@
+"""The application: `serve run --name sida deployments.app:build key=value ...`.
+
+Checks the configuration and the model's folder first, so that what cannot work ends in one line before Ray starts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+import torch
+from ray import serve
+from ray.serve import Application, Deployment
+
+from actors.executor.families import check_supported
+from common.architecture import describe_architecture, load_config
+from common.config import ServingConfig
+from common.errors import ConfigError, ServingError
+from common.expert_layout import ExpertLayout
+from deployments.executor import ExecutorDeployment
+from deployments.expert_store import ExpertStoreDeployment
+from deployments.ingress import Ingress
+from deployments.predictor import PredictorDeployment
+from deployments.table_server import TableServer
+
+# An actor without GPUs still sees them; what does not compute on them must not take memory there.
+_NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+_CONSTRUCTOR_RETRIES = 3  # a replica that cannot start says why three times, not twenty
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of one served model.
+
+    Args:
+        args: keys of `ServingConfig`, as text or typed, and `config`, a YAML file of the same keys.
+    Raises:
+        click.ClickException: the configuration or the model's folder cannot work; its message is one line.
+    """
+    try:
+        config = checked_config(args)
+    except ServingError as error:
+        raise click.ClickException(str(error)) from error
+    return bind(config)
+
+
+def checked_config(args: Mapping[str, Any]) -> ServingConfig:
+    """The configuration with `device` decided, once everything that can be known without weights is known to fit.
+
+    Raises:
+        ConfigError, CheckpointError, SlotsTooFewError: what does not.
+    """
+    config = ServingConfig.from_args(args)
+    if config.device == "auto":
+        config = config.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+    _check_model(config)
+    _check_hash_function(config)
+    return config
+
+
+def bind(config: ServingConfig) -> Application:
+    """Wire the deployments. `config.device` is "cpu" or "cuda" here."""
+    tables = _on_cpu(TableServer, num_cpus=0.05).options(max_ongoing_requests=1000).bind(config)
+    store = _on_cpu(ExpertStoreDeployment, num_cpus=0.1).options(max_ongoing_requests=1000).bind(config)
+    executor = _executor(config).bind(config, store, tables)
+    predictor = None
+    if config.hash_function_folder is not None:
+        predictor = (
+            _on_cpu(PredictorDeployment, num_cpus=0.25).options(max_ongoing_requests=256).bind(config, tables)
+        )
+    ingress = _on_cpu(serve.ingress()(Ingress), num_cpus=0.2).options(
+        # The executors bound what runs and waits; the ingress lets everything through to them.
+        max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=30,
+    )
+    return ingress.bind(config, predictor, executor, store)
+
+
+def _executor(config: ServingConfig) -> Deployment:
+    on_gpu = config.device == "cuda"
+    actor_options = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 0.5, "runtime_env": _NO_GPU}
+    return serve.deployment(ExecutorDeployment).options(
+        ray_actor_options=actor_options,
+        autoscaling_config={
+            "min_replicas": config.min_executors,
+            "max_replicas": config.max_executors,
+            "target_ongoing_requests": config.target_ongoing_requests,
+        },
+        # An executor queues by itself, so Serve hands it all that it may run or keep waiting.
+        max_ongoing_requests=config.max_batch_size + config.max_queued_requests,
+        max_queued_requests=config.max_queued_requests,
+        max_constructor_retry_count=_CONSTRUCTOR_RETRIES,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=30,
+    )
+
+
+def _on_cpu(deployment_class: type, num_cpus: float) -> Deployment:
+    return serve.deployment(deployment_class).options(
+        ray_actor_options={"num_cpus": num_cpus, "runtime_env": _NO_GPU},
+        max_constructor_retry_count=_CONSTRUCTOR_RETRIES,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+    )
+
+
+def _check_model(config: ServingConfig) -> None:
+    model_config = load_config(config.model)
+    check_supported(model_config, config.model)
+    architecture = describe_architecture(config.model)
+    config.context_limit(architecture.max_context_tokens)
+    dtype = config.compute_dtype(config.device, model_config.dtype or torch.float32)
+    slot_bytes = ExpertLayout.from_shapes(architecture.expert_shapes, dtype).slab_bytes
+    config.expert_slots.slots_per_layer(
+        architecture.num_layers, architecture.num_experts, slot_bytes, architecture.top_k
+    )
+
+
+def _check_hash_function(config: ServingConfig) -> None:
+    folder = config.hash_function_folder
+    if folder is not None and not folder.is_dir():
+        raise ConfigError("hash_function", config.hash_function, "a folder that exists, or auto")
+    if folder is None and config.routing == "predicted":
+        allowed = f"{config.model} has no hash_function folder; train one, or set hash_function"
+        raise ConfigError("routing", config.routing, allowed)

@@ -1,0 +1,133 @@
+"""The OpenAI-compatible HTTP routes over a `CompletionService`. A plain FastAPI application; Ray is not known here."""
+
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from common.errors import AuthenticationError, ModelNotFoundError
+from deployments.completions import CompletionService, peek
+from deployments.openai_errors import ErrorReply, error_reply, invalid_field, reply_to
+from deployments.openai_schema import Completion, CompletionRequest, ErrorBody, ModelCard, ModelList
+
+
+def create_http_api(service: CompletionService, api_key: str | None) -> FastAPI:
+    """The application that a deployment serves.
+
+    Args:
+        api_key: what clients must send as a bearer token, everywhere but at /health; None lets everybody in.
+    """
+    api = FastAPI(title="sida-serve", description="OpenAI-compatible serving of Mixture-of-Experts models")
+    api.router.route_class = _AnsweringRoute
+    api.add_exception_handler(HTTPException, _answer_no_route)
+    _add_routes(api, service, [Depends(_key_check(api_key))] if api_key else [])
+    return api
+
+
+def _add_routes(api: FastAPI, service: CompletionService, guards: list[Any]) -> None:
+    model = ModelCard(
+        id=service.served_name, created=int(time.time()), max_model_len=service.reader.context_limit
+    )
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/v1/models", dependencies=guards)
+    async def models() -> ModelList:
+        return ModelList(data=[model])
+
+    @api.get("/v1/models/{name:path}", dependencies=guards)
+    async def one_model(name: str) -> ModelCard:
+        if name != model.id:
+            raise ModelNotFoundError(name, model.id)
+        return model
+
+    @api.get("/v1/experts", dependencies=guards)
+    async def experts() -> dict[str, Any]:
+        return await service.backend.expert_report()
+
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody} for status in (400, 401, 404, 503)
+    }
+
+    @api.post("/v1/completions", dependencies=guards, response_model=Completion, responses=errors)
+    async def completions(request: CompletionRequest) -> Response:
+        if not request.stream:
+            return JSONResponse((await service.complete(request)).model_dump())
+        # Errors before the first token still have a status of their own.
+        return _ClosingStream(_events(await peek(service.stream(request))), media_type="text/event-stream")
+
+
+async def _events(pieces: AsyncGenerator[Completion, None]) -> AsyncGenerator[str, None]:
+    """Server-sent events, one per piece, and the end mark; a late error is an event of its own."""
+    async with aclosing(pieces):
+        try:
+            async for piece in pieces:
+                yield f"data: {piece.model_dump_json(exclude=_unset(piece))}\n\n"
+        except Exception as error:  # the status line is long gone
+            yield f"data: {json.dumps(reply_to(error).body)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def _unset(piece: Completion) -> set[str]:
+    return {"usage"} if piece.usage is None else set()
+
+
+class _ClosingStream(StreamingResponse):
+    """Closes its generator as soon as the client has gone, instead of whenever it is collected."""
+
+    def __init__(self, events: AsyncGenerator[str, None], media_type: str) -> None:
+        super().__init__(events, media_type=media_type, headers={"cache-control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+def _key_check(api_key: str) -> Callable[[Request], Awaitable[None]]:
+    expected = f"Bearer {api_key}".encode()
+
+    async def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, expected):
+            raise AuthenticationError()
+
+    return check
+
+
+class _AnsweringRoute(APIRoute):
+    """A route that answers every error in OpenAI's form."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                return _json(reply_to(invalid_field(error.errors())))
+            except Exception as error:  # `reply_to` logs what it does not know
+                return _json(reply_to(error))
+
+        return answer
+
+
+async def _answer_no_route(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    return _json(error_reply(error.status_code, str(error.detail), code, headers=dict(error.headers or {})))
+
+
+def _json(reply: ErrorReply) -> JSONResponse:
+    return JSONResponse(reply.body, reply.status, reply.headers)
