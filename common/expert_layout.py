@@ -67,7 +67,9 @@ class ExpertLayout:
         views = {}
         for tensor in self.tensors:
             start = tensor.offset_bytes // self.dtype.itemsize
-            views[tensor.name] = elements[..., start : start + tensor.num_elements].unflatten(-1, tensor.shape)
+            views[tensor.name] = elements[..., start : start + tensor.num_elements].unflatten(
+                -1, tensor.shape
+            )
         return views
 
 

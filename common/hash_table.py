@@ -96,7 +96,11 @@ def _unpack_array(fields: dict[str, Any], name: str, dtype: str) -> NDArray[Any]
     if not isinstance(packed, dict) or packed.get("dtype") != dtype:
         raise HashTableError(f"{name} is not an array of {dtype}")
     shape, data = packed.get("shape"), packed.get("data")
-    if not isinstance(data, bytes) or not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    if (
+        not isinstance(data, bytes)
+        or not isinstance(shape, list)
+        or not all(isinstance(n, int) and n >= 0 for n in shape)
+    ):
         raise HashTableError(f"{name} has no valid shape and data")
     if len(data) != int(np.prod(shape)) * np.dtype(dtype).itemsize:
         raise HashTableError(f"{name} has {len(data)} bytes, its shape {shape} says otherwise")

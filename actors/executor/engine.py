@@ -13,13 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from actors.executor.pager import Pager
 from actors.executor.passes import Pass, PassClock, Routing, to_routing
 from actors.executor.prefetcher import Prefetcher, plan_prefetch
 from actors.executor.report import EngineReport, LayerReport
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.sampler import sample
 from actors.executor.sequence import ChunkSink, Sequence
-from actors.executor.pager import Pager
 from actors.predictor.hash_function import HashFunctionState
 from common.errors import EngineStoppedError, HashTableError, NonFiniteLogitsError, QueueFullError
 from common.generation import GenerationRequest
@@ -35,6 +35,33 @@ class EngineLimits:
     max_batch_size: int  # sequences in the KV cache
     prefill_chunk_tokens: int  # prompt tokens per step, so that running streams do not stall
     max_queued_requests: int  # waiting for a row
+
+
+@dataclass(frozen=True)
+class _PromptChunk:
+    """The prompt tokens of one sequence that one pass computes."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @classmethod
+    def next_of(cls, sequence: Sequence, max_tokens: int) -> "_PromptChunk":
+        start = sequence.num_computed
+        return cls(sequence, start, min(sequence.num_prompt_tokens, start + max_tokens))
+
+    def next(self, max_tokens: int) -> "_PromptChunk":
+        """The chunk after this one; empty when this is the last."""
+        stop = min(self.sequence.num_prompt_tokens, self.stop + max_tokens)
+        return _PromptChunk(self.sequence, self.stop, stop)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.sequence.request.prompt_token_ids[self.start : self.stop]
 
 
 class Engine:
@@ -66,7 +93,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._cancelled: set[str] = set()
         self._stop_reason: str | None = None
-        self._prompt_under_way: tuple[Sequence, int, int] | None = None  # sequence, start and stop of its chunk
+        self._prompt_under_way: _PromptChunk | None = None
         self._free_rows = list(range(limits.max_batch_size))
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
@@ -143,10 +170,10 @@ class Engine:
                 raise
             sequence.table = table
             under_way = self._prompt_under_way
-            started = sequence.num_computed > 0 or (under_way is not None and under_way[0] is sequence)
+            started = sequence.num_computed > 0 or (under_way is not None and under_way.sequence is sequence)
             self._tables["late" if started else "on_time"] += 1
-            if under_way is not None and under_way[0] is sequence:
-                self._plan(*under_way, pass_number=self._clock.passes_begun - 1)
+            if under_way is not None and under_way.sequence is sequence:
+                self._plan(under_way, pass_number=self._clock.passes_begun - 1)
 
     def count_lost_table(self) -> None:
         """A request's table did not come; it runs on demand."""
@@ -188,10 +215,11 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Returns: False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stop_reason or self._waiting or self._prefilling or self._decoding or self._cancelled
-            )
+            self._changed.wait_for(lambda: self._stop_reason or self._cancelled or self._has_sequences())
             return self._stop_reason is None
+
+    def _has_sequences(self) -> bool:
+        return bool(self._waiting or self._prefilling or self._decoding)
 
     def _step(self) -> None:
         self._drop_cancelled()
@@ -217,24 +245,23 @@ class Engine:
     def _prefill(self) -> None:
         budget = self._limits.prefill_chunk_tokens
         for sequence in tuple(self._prefilling):
-            start = sequence.num_computed
-            stop = min(sequence.num_prompt_tokens, start + budget)
-            self._run_prompt_chunk(sequence, start, stop)
-            budget -= stop - start
+            chunk = _PromptChunk.next_of(sequence, budget)
+            self._run_prompt_chunk(chunk)
+            budget -= chunk.num_tokens
             if budget <= 0:
                 return
 
-    def _run_prompt_chunk(self, sequence: Sequence, start: int, stop: int) -> None:
+    def _run_prompt_chunk(self, chunk: "_PromptChunk") -> None:
+        sequence = chunk.sequence
         try:
-            routing = self._prompt_routing(sequence, start, stop)
+            routing = self._prompt_routing(chunk)
             pass_ = Pass(1, routing, keep_choices=routing is None)
             with self._changed:
-                self._prompt_under_way = (sequence, start, stop)
-                self._plan(sequence, start, stop, pass_number=self._clock.passes_begun)
-                if not self._decoding and stop < sequence.num_prompt_tokens:
-                    self._plan_next_chunk(sequence, stop, pass_number=self._clock.passes_begun + 1)
-            token_ids = sequence.request.prompt_token_ids[start:stop]
-            logits = self._runner.run([RowInput(sequence.row, start, token_ids)], pass_)
+                self._prompt_under_way = chunk
+                self._plan(chunk, pass_number=self._clock.passes_begun)
+                if not self._decoding:
+                    self._plan(chunk.next(self._limits.prefill_chunk_tokens), self._clock.passes_begun + 1)
+            logits = self._runner.run([RowInput(sequence.row, chunk.start, chunk.token_ids)], pass_)
         except Exception as error:
             self._fail(sequence, error)
             return
@@ -242,8 +269,8 @@ class Engine:
             with self._changed:
                 self._prompt_under_way = None
         self._account([sequence], pass_)
-        sequence.num_computed = stop
-        self._tokens["prompt"] += stop - start
+        sequence.num_computed = chunk.stop
+        self._tokens["prompt"] += chunk.num_tokens
         if sequence.prompt_is_computed:
             self._prefilling.remove(sequence)
             self._decoding.append(sequence)
@@ -256,9 +283,9 @@ class Engine:
         try:
             pass_ = Pass(len(batch), self._decode_routing(batch))
             if self._prefilling:
-                head = self._prefilling[0]
+                chunk = _PromptChunk.next_of(self._prefilling[0], self._limits.prefill_chunk_tokens)
                 with self._changed:
-                    self._plan_next_chunk(head, head.num_computed, pass_number=self._clock.passes_begun + 1)
+                    self._plan(chunk, self._clock.passes_begun + 1)
             inputs = [RowInput(s.row, s.num_computed, (s.generated[-1],)) for s in batch]
             logits = self._runner.run(inputs, pass_)
         except Exception as error:
@@ -283,7 +310,8 @@ class Engine:
     def _take_tokens(self, batch: list[Sequence], logits: Tensor) -> None:
         """Sample one token per sequence and pass it on. Args: logits: [sequences, vocab] float32."""
         broken = logits.isnan().any(dim=-1).tolist()
-        tokens = sample([sequence.sampler for sequence in batch], logits.nan_to_num() if any(broken) else logits)
+        samplers = [sequence.sampler for sequence in batch]
+        tokens = sample(samplers, logits.nan_to_num() if any(broken) else logits)
         for sequence, (token_id, logprobs), is_broken in zip(batch, tokens, broken, strict=True):
             if is_broken:
                 self._fail(sequence, NonFiniteLogitsError(sequence.num_computed))
@@ -292,17 +320,19 @@ class Engine:
             if sequence.append(token_id, logprobs, self._eos_ids):
                 self._retire(sequence)
 
-    def _prompt_routing(self, sequence: Sequence, start: int, stop: int) -> Routing | None:
+    def _prompt_routing(self, chunk: "_PromptChunk") -> Routing | None:
         """routing=predicted: the table's rows of the chunk. Without a table in time, one is predicted here."""
         if self._new_state is None:
             return None
+        sequence = chunk.sequence
         if sequence.hash_function is None:
             sequence.hash_function = self._new_state()
             table = sequence.hash_function.prefill(sequence.request.prompt_token_ids)
             with self._changed:
                 sequence.table = sequence.table or table
         assert sequence.table is not None
-        return to_routing(sequence.table.expert_ids[:, start:stop], sequence.table.weights[:, start:stop])
+        rows = slice(chunk.start, chunk.stop)
+        return to_routing(sequence.table.expert_ids[:, rows], sequence.table.weights[:, rows])
 
     def _decode_routing(self, batch: list[Sequence]) -> Routing | None:
         if self._new_state is None:
@@ -311,21 +341,19 @@ class Engine:
         for sequence in batch:
             assert sequence.hash_function is not None
             steps.append(sequence.hash_function.step(sequence.generated[-1]))
-        return to_routing(np.stack([ids for ids, _ in steps], axis=1), np.stack([w for _, w in steps], axis=1))
+        ids, weights = zip(*steps, strict=True)
+        return to_routing(np.stack(ids, axis=1), np.stack(weights, axis=1))
 
-    def _plan_next_chunk(self, sequence: Sequence, start: int, pass_number: int) -> None:
-        stop = min(sequence.num_prompt_tokens, start + self._limits.prefill_chunk_tokens)
-        self._plan(sequence, start, stop, pass_number)
-
-    def _plan(self, sequence: Sequence, start: int, stop: int, pass_number: int) -> None:
+    def _plan(self, chunk: "_PromptChunk", pass_number: int) -> None:
         """Have the experts of a prompt chunk prefetched, if its table is there. The caller holds the lock."""
-        if self._prefetcher is None or sequence.table is None:
+        sequence = chunk.sequence
+        if self._prefetcher is None or sequence.table is None or chunk.num_tokens == 0:
             return
 
         def count(copied_bytes: int) -> None:
             sequence.moved_bytes += copied_bytes
 
-        expert_ids = sequence.table.expert_ids[:, start:stop]
+        expert_ids = sequence.table.expert_ids[:, chunk.start : chunk.stop]
         plan = plan_prefetch(expert_ids, self._pager.num_experts, self._pager.num_slots, pass_number, count)
         self._prefetcher.submit(plan)
 

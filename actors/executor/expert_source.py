@@ -6,7 +6,6 @@ A source hands out host-memory slabs in the *stored* layout; the slots copy and,
 import threading
 import time
 import warnings
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -82,7 +81,9 @@ class StoreExpertSource:
             ValueError: the directory is of another model; a running executor cannot change its weights.
         """
         if directory.model_fingerprint != self.model_fingerprint:
-            raise ValueError(f"store now holds model {directory.model_fingerprint}, not {self.model_fingerprint}")
+            raise ValueError(
+                f"store now holds model {directory.model_fingerprint}, not {self.model_fingerprint}"
+            )
         local = [key for key, node_id in directory.node_ids.items() if node_id == self._node_id]
         arrays = ray.get([directory.refs[key] for key in local])
         views = {key: _as_tensor(array) for key, array in zip(local, arrays, strict=True)}
@@ -102,8 +103,6 @@ class StoreExpertSource:
                 if time.monotonic() > deadline:
                     raise ExpertsUnavailableError(layer, expert_id, FETCH_TIMEOUT_S) from error
                 time.sleep(_RETRY_S)  # the store's owner died; `adopt` will bring its successor's objects
-
-
 
 
 def _as_tensor(array: NDArray[np.uint8]) -> Tensor:

@@ -45,7 +45,9 @@ class SlotExperts:
         if len(needed) <= self._pager.num_slots:
             output = self._single_wave(experts, hidden, ids, topk_weights, needed)
         else:
-            output = self._waves(experts, hidden, ids, topk_weights, _split(needed, resident, self._pager.num_slots))
+            output = self._waves(
+                experts, hidden, ids, topk_weights, _split(needed, resident, self._pager.num_slots)
+            )
         self._clock.leave(self._layer)
         return output
 
@@ -56,7 +58,12 @@ class SlotExperts:
             return _grouped_mm(experts, hidden, slot_of[ids].to(hidden.device), topk_weights)
 
     def _waves(
-        self, experts: nn.Module, hidden: Tensor, ids: Tensor, topk_weights: Tensor, waves: Iterator[list[int]]
+        self,
+        experts: nn.Module,
+        hidden: Tensor,
+        ids: Tensor,
+        topk_weights: Tensor,
+        waves: Iterator[list[int]],
     ) -> Tensor:
         """Each (token, choice) pair is computed in the wave of its expert; weighting and summing come after the last
         wave, in the order and precision of the library's forward, so the number of waves does not change a bit.
@@ -87,7 +94,9 @@ def _grouped_mm(experts: nn.Module, hidden: Tensor, slots: Tensor, weights: Tens
     return output
 
 
-def _slots_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _slots_forward(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     slot_experts: SlotExperts = getattr(experts, _ATTRIBUTE)
     return slot_experts.forward(experts, hidden_states, top_k_index, top_k_weights)
 

@@ -19,8 +19,9 @@ def check_supported(config: PretrainedConfig, folder: str | Path) -> None:
     if others or config.is_encoder_decoder:
         kind = ", ".join(others) if others else "encoder-decoder"
         raise UnsupportedModelError(
-            str(folder), f"{config.model_type} is not supported yet: it has {kind} layers, this version serves "
-            "decoders whose layers are all full or sliding-window attention"
+            str(folder),
+            f"{config.model_type} is not supported yet: it has {kind} layers, this version serves "
+            "decoders whose layers are all full or sliding-window attention",
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 
-class RowCache(Cache):
+class RowCache(Cache):  # type: ignore[misc]  # untyped
     """A library cache whose attention layers store [rows, heads, max_tokens, head_dim] keys and values.
 
     Layers are allocated at their first update, from the shapes the model gives: keys and values may have different
@@ -43,7 +43,7 @@ class RowCache(Cache):
         self._rows = slice(rows[0], rows[0] + len(rows)) if contiguous else self._row_index.squeeze(1)
         return self._length
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write [batch, heads, queries, head_dim] states; return [batch, heads, length, head_dim] of the addressed rows."""

@@ -5,9 +5,8 @@ that the running step reads is never a victim, and a slot is never read before i
 """
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,12 +73,14 @@ class Pager:
                 for slot in range(self.num_slots):
                     pool.poison(slot)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.page_table = torch.full((len(pools), num_experts), ABSENT)  # [layers, experts] int64, on the host
+        # [layers, experts] int64 on the host: the slot of each expert, or ABSENT.
+        self.page_table = torch.full((len(pools), num_experts), ABSENT)
         self._slot_of: NDArray[np.int64] = self.page_table.numpy()  # the same memory
 
     def resident(self, layer: int) -> NDArray[np.bool_]:
         """[experts] bool: which experts of a layer could be read now."""
-        return self._slot_of[layer] != ABSENT
+        mask: NDArray[np.bool_] = self._slot_of[layer] != ABSENT
+        return mask
 
     def counters(self, layer: int) -> LayerCounters:
         return self._layers[layer].counters

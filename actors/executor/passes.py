@@ -31,11 +31,14 @@ class Pass:
         keep_choices: keep every layer's expert ids, for scoring a prediction later.
     """
 
-    def __init__(self, num_sequences: int, routing: Routing | None = None, keep_choices: bool = False) -> None:
+    def __init__(
+        self, num_sequences: int, routing: Routing | None = None, keep_choices: bool = False
+    ) -> None:
         self.num_sequences = num_sequences
         self.routing = routing
         self.needed, self.missed = np.zeros((2, num_sequences), np.int64)  # [sequences] each
-        self.choices: list[NDArray[np.int64]] | None = [] if keep_choices else None  # per layer [tokens, top_k]
+        # Per layer [tokens, top_k].
+        self.choices: list[NDArray[np.int64]] | None = [] if keep_choices else None
 
     def record(self, ids: NDArray[np.int64], needed: NDArray[np.int64], resident: NDArray[np.bool_]) -> None:
         """Account for one layer: ids [tokens, top_k] chosen, needed the distinct ones, resident [experts] before."""
@@ -106,4 +109,6 @@ class PassClock:
 
 def to_routing(expert_ids: NDArray[np.uint16], weights: NDArray[np.float16]) -> Routing:
     """Args: both [layers, tokens, k], of a hash table."""
-    return Routing(torch.from_numpy(expert_ids.astype(np.int64)), torch.from_numpy(weights.astype(np.float32)))
+    return Routing(
+        torch.from_numpy(expert_ids.astype(np.int64)), torch.from_numpy(weights.astype(np.float32))
+    )

@@ -15,7 +15,8 @@ class PredictionScore:
 
     num_named: NDArray[np.int64]  # [layers]
     num_chosen: NDArray[np.int64]  # [layers]
-    needed_pairs_named: int  # distinct (layer, expert) pairs of each pass that the table names for that pass's tokens
+    # Distinct (layer, expert) pairs of each pass that the table names for that pass's tokens.
+    needed_pairs_named: int
 
 
 def score_prediction(choices: Sequence[Sequence[NDArray[np.int64]]], table: HashTable) -> PredictionScore:

@@ -85,5 +85,10 @@ class Prefetcher:
                 if self._pager.prefetch(layer, expert_id, keep):
                     plan.on_copied(self._pager.source.layout.slab_bytes)
             except ServingError as error:
-                logger.warning("prefetch of expert %d of layer %d failed, it will be fetched on demand: %s", expert_id, layer, error)
+                logger.warning(
+                    "prefetch of expert %d of layer %d failed, it will be fetched on demand: %s",
+                    expert_id,
+                    layer,
+                    error,
+                )
                 return

@@ -19,7 +19,9 @@ class LayerReport:
     predictor_recall: float | None  # of the true top-k, over prompts with a hash table
 
     @classmethod
-    def of(cls, layer: int, resident: list[int], counters: LayerCounters, recall: float | None) -> "LayerReport":
+    def of(
+        cls, layer: int, resident: list[int], counters: LayerCounters, recall: float | None
+    ) -> "LayerReport":
         return cls(layer=layer, resident=tuple(resident), predictor_recall=recall, **vars(counters))
 
 

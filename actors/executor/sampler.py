@@ -45,7 +45,7 @@ def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[tuple[int, Token
         logits: [rows, vocab] float32 on any device; only rows that need more than the maximum are copied to the host.
     """
     greedy: list[int] = logits.argmax(dim=-1).tolist()
-    chosen = []
+    chosen: list[tuple[int, TokenLogprobs | None]] = []
     for row, (sampler, token_id) in enumerate(zip(samplers, greedy, strict=True)):
         if sampler.is_greedy and sampler.num_logprobs is None:
             chosen.append((token_id, None))

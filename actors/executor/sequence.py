@@ -44,7 +44,8 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     table: HashTable | None = None
     hash_function: HashFunctionState | None = None  # routing=predicted: predicts generated tokens
-    choices: list[list[NDArray[np.int64]]] = field(default_factory=list)  # per prompt pass, per layer [tokens, top_k]
+    # What the routers chose: per prompt pass, per layer, [tokens, top_k].
+    choices: list[list[NDArray[np.int64]]] = field(default_factory=list)
     needed: int = 0
     missed: int = 0
     moved_bytes: int = 0

@@ -17,7 +17,9 @@ class TextStream:
         stop: strings that end the text; they are not part of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], stop: Sequence[str]
+    ) -> None:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(ids=list(prompt_token_ids[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
         self._stop = tuple(stop)

@@ -1,0 +1,134 @@
+"""Serve shell of the engine: brings requests and their hash tables to it and streams its chunks back."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+import torch
+from ray.serve.handle import DeploymentHandle
+
+from actors.executor.build import build_engine
+from actors.executor.chunk_stream import ChunkStream
+from actors.executor.expert_source import StoreExpertSource
+from common.config import ServingConfig
+from common.errors import HashTableError, TableBusError
+from common.generation import GenerationChunk, GenerationRequest
+from common.table_bus import RedisTableBus, TableBus
+from deployments.replica import app_name, replica_id
+
+logger = logging.getLogger("ray.serve")
+
+STORE_POLL_S = 1.0
+
+
+class ExecutorDeployment:
+    """One engine. The constructor returns when the model is loaded, which is when Serve sends requests."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ServingConfig, store: DeploymentHandle, table_server: DeploymentHandle | None
+    ) -> None:
+        """
+        Args:
+            store: of ExpertStoreDeployment.
+            table_server: of TableServer; None when nothing predicts.
+        """
+        if config.device != "cuda":
+            # Ray gives an actor that reserves part of a CPU one thread.
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._config, self._store = config, store
+        directory = await store.directory.remote()
+        node_id = ray.get_runtime_context().get_node_id()
+        self._source = await asyncio.to_thread(StoreExpertSource, directory, node_id)
+        self._engine = await asyncio.to_thread(build_engine, config, self._source)
+        self._engine.start()
+        self._bus = _table_bus(config, table_server)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._follow_store())
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        """Stream a request's chunks; closing the iterator early frees its row.
+
+        Raises:
+            QueueFullError, EngineStoppedError, ExpertsUnavailableError: try again.
+        """
+        stream = ChunkStream(asyncio.get_running_loop())
+        self._engine.submit(request, stream)
+        delivery = self._spawn(self._deliver_table(request.request_id)) if self._bus is not None else None
+        try:
+            async for chunk in stream:
+                yield chunk
+        finally:
+            self._engine.cancel(request.request_id)
+            if delivery is not None and not delivery.done():
+                delivery.cancel()
+                self._engine.count_lost_table()
+
+    async def expert_report(self) -> dict[str, Any]:
+        """What is resident and what has happened since start, as JSON."""
+        report = self._engine.report().to_json()
+        return {"replica": replica_id(), "store_generation": self._source.generation, **report}
+
+    def check_health(self) -> None:
+        """
+        Raises:
+            EngineStoppedError: this replica must be replaced.
+        """
+        self._engine.check_health()
+
+    def stop(self) -> None:
+        """Fail what is unfinished and end the engine's threads. Twice is fine."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        self._engine.stop()
+
+    def __del__(self) -> None:  # Serve calls it at the end of a graceful shutdown
+        if hasattr(self, "_tasks"):
+            self.stop()
+
+    def _spawn(self, coroutine: Any) -> "asyncio.Task[None]":
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _deliver_table(self, request_id: str) -> None:
+        """Bring the engine the request's hash table whenever it comes; the request does not wait for it."""
+        assert self._bus is not None
+        try:
+            table = await self._bus.fetch(request_id, timeout_s=self._config.table_ttl_s)
+            if table is None:
+                self._engine.count_lost_table()
+                return
+            self._engine.attach_table(request_id, table)
+            await self._bus.discard(request_id)
+        except TableBusError as error:
+            self._engine.count_lost_table()
+            logger.warning("request %s runs on demand: %s", request_id, error)
+        except HashTableError as error:
+            logger.warning("request %s runs on demand: %s", request_id, error)
+
+    async def _follow_store(self) -> None:
+        """Take over the objects of a store that was restarted; until then the old views serve."""
+        while True:
+            await asyncio.sleep(STORE_POLL_S)
+            try:
+                if await self._store.generation.remote() != self._source.generation:
+                    directory = await self._store.directory.remote()
+                    await asyncio.to_thread(self._source.adopt, directory)
+                    logger.info("Executor now reads the experts of store generation %s", directory.generation)
+            except Exception as error:  # the store is away; Serve brings it back
+                logger.warning("The expert store does not answer, its last objects are used: %s", error)
+
+
+def _table_bus(config: ServingConfig, table_server: DeploymentHandle | None) -> TableBus | None:
+    if table_server is None:
+        return None
+
+    async def resolve_url() -> str:
+        url: str = await table_server.url.remote()
+        return url
+
+    return RedisTableBus(resolve_url, app=app_name(), ttl_s=config.table_ttl_s)
