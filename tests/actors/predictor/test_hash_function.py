@@ -1,0 +1,181 @@
+"""The hash function: causality, padding, stepping without recomputing, and its folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.predictor import network
+from actors.predictor.hash_function import (
+    SPEC_FILE,
+    WEIGHTS_FILE,
+    HashFunctionState,
+    find_embedding_key,
+    find_hash_function,
+    load_hash_function,
+    save_hash_function,
+    step_together,
+)
+from actors.predictor.network import HashFunction, WeightRule, causal_attention
+from actors.predictor.predictor import HashFunctionPredictor
+from actors.predictor.sparsemax import sparsemax
+from common.errors import CheckpointError, ConfigError, VocabularyError
+from common.hash_table import HashTable
+from tests.tiny_models import NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    ids: list[int] = torch.randint(
+        VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    return ids
+
+
+def assert_same(table: HashTable, other: HashTable) -> None:
+    np.testing.assert_array_equal(table.expert_ids, other.expert_ids)
+    np.testing.assert_allclose(table.weights, other.weights, atol=2e-3)
+
+
+def test_a_token_changes_nothing_before_itself_and_something_at_itself(function: HashFunction) -> None:
+    tokens = prompt(20)
+    changed = [*tokens[:12], (tokens[12] + 1) % VOCAB_SIZE, *tokens[13:]]
+    before, after = (function(torch.tensor([ids])) for ids in (tokens, changed))
+    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=0, atol=0)
+    assert not torch.allclose(before[:, 12], after[:, 12], atol=1e-3)
+
+
+def test_predictions_depend_on_what_came_before(function: HashFunction) -> None:
+    one, other = (function(torch.tensor([[first, 5, 6, 7]])) for first in (1, 2))
+    assert not torch.allclose(one[:, -1], other[:, -1], atol=1e-3)
+
+
+def test_attention_in_blocks_equals_attention_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = torch.randn(2, 23, 8)
+    scores = (history @ history.mT / 8**0.5).masked_fill(torch.ones(23, 23).triu(1).bool(), -torch.inf)
+    expected = sparsemax(scores) @ history
+    monkeypatch.setattr(network, "ATTENTION_ROWS", 5)
+    torch.testing.assert_close(causal_attention(history, history), expected)
+    torch.testing.assert_close(causal_attention(history[:, -7:], history), expected[:, -7:])
+
+
+def test_batching_and_padding_do_not_change_a_prompts_table(function: HashFunction) -> None:
+    prompts = [prompt(length, seed) for seed, length in enumerate((1, 30, 17, 31, 4, 2))]
+    predictor = HashFunctionPredictor(function)
+    for table, alone in zip(
+        predictor.predict(prompts), (predictor.predict([each])[0] for each in prompts), strict=True
+    ):
+        assert_same(table, alone)
+
+
+def test_a_table_has_the_models_shape_and_origin(function: HashFunction) -> None:
+    (table,) = HashFunctionPredictor(function).predict([prompt(9)])
+    table.check_fits(function.spec.model_fingerprint, function.spec.num_layers, NUM_EXPERTS, 9)
+    assert table.expert_ids.shape == (function.spec.num_layers, 9, TOP_K)
+    assert (table.predictor, table.predictor_version) == ("hash_function", "1")
+    assert HashTable.from_bytes(table.to_bytes()).to_bytes() == table.to_bytes()
+
+
+def test_stepping_equals_reading_everything_at_once(function: HashFunction) -> None:
+    tokens = prompt(90)
+    (whole,) = HashFunctionPredictor(function).predict([tokens])
+    state = HashFunctionState(function)
+    np.testing.assert_array_equal(state.prefill(tokens[:30]).expert_ids, whole.expert_ids[:, :30])
+    np.testing.assert_array_equal(state.prefill(tokens[30:41]).expert_ids, whole.expert_ids[:, 30:41])
+    for position in range(41, 90):
+        ids, weights = state.step(tokens[position])
+        np.testing.assert_array_equal(ids, whole.expert_ids[:, position])
+        np.testing.assert_allclose(weights, whole.weights[:, position], atol=2e-3)
+
+
+def test_stepping_together_equals_stepping_alone(function: HashFunction) -> None:
+    alone, together = ([HashFunctionState(function) for _ in range(4)] for _ in range(2))
+    for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+        one.prefill(prompt(3 + 5 * number, number))
+        other.prefill(prompt(3 + 5 * number, number))
+    for step in range(5):
+        tokens = prompt(4, 100 + step)
+        expected = [state.step(token) for state, token in zip(alone, tokens, strict=True)]
+        for (ids, weights), (other_ids, other_weights) in zip(
+            expected, step_together(together, tokens), strict=True
+        ):
+            np.testing.assert_array_equal(ids, other_ids)
+            np.testing.assert_allclose(weights, other_weights, atol=2e-3)
+
+
+def test_a_sequence_may_begin_with_a_step(function: HashFunction) -> None:
+    (whole,) = HashFunctionPredictor(function).predict([[3]])
+    ids, _ = HashFunctionState(function).step(3)
+    assert ids.dtype == np.uint16
+    np.testing.assert_array_equal(ids, whole.expert_ids[:, 0])
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB_SIZE])
+def test_tokens_outside_the_vocabulary_are_refused(function: HashFunction, token: int) -> None:
+    with pytest.raises(VocabularyError, match=str(token)):
+        HashFunctionPredictor(function).predict([[1], [2, token]])
+    with pytest.raises(VocabularyError):
+        HashFunctionState(function).prefill([token])
+
+
+def test_weights_follow_the_rule_of_the_models_router(model_folder: Path, function: HashFunction) -> None:
+    logits = torch.randn(5, NUM_EXPERTS)
+    probabilities, expected = logits.softmax(-1).topk(TOP_K)
+    ids, weights = function.route(logits)
+    assert torch.equal(ids, expected)
+    torch.testing.assert_close(weights, probabilities / probabilities.sum(-1, keepdim=True))
+    object.__setattr__(function.spec, "weight_rule", WeightRule(sum=None, scale=2.5))
+    torch.testing.assert_close(function.route(logits)[1], 2.5 * probabilities)
+
+
+def test_what_is_saved_is_loaded_without_the_embeddings(
+    model_folder: Path, function: HashFunction, tmp_path: Path
+) -> None:
+    save_hash_function(function, tmp_path)
+    loaded = load_hash_function(tmp_path, model_folder)
+    assert loaded.spec == function.spec
+    own_bytes = 2 * sum(parameter.numel() for parameter in function.parameters())
+    assert (tmp_path / WEIGHTS_FILE).stat().st_size < own_bytes + 4000
+    tokens = torch.tensor([prompt(40)])
+    torch.testing.assert_close(loaded(tokens), function.half().float()(tokens), rtol=0, atol=2e-3)
+
+
+def test_another_models_hash_function_is_refused(
+    model_folder: Path, function: HashFunction, tmp_path: Path
+) -> None:
+    other = make_checkpoint("qwen3_moe", tmp_path / "other", seed=1)
+    save_hash_function(function, tmp_path / "other" / "hash_function")
+    with pytest.raises(ConfigError, match=f"trained for model {function.spec.model_fingerprint}"):
+        load_hash_function(other / "hash_function", other)
+    with pytest.raises(ConfigError, match="hash_function"):
+        find_hash_function(other)
+
+
+def test_finds_the_hash_function_beside_the_model_or_none(function: HashFunction, tmp_path: Path) -> None:
+    model = make_checkpoint("qwen3_moe", tmp_path / "model")
+    assert find_hash_function(model, "auto") is None
+    save_hash_function(function, model / "hash_function")
+    assert find_hash_function(model, "auto") == model / "hash_function"
+    assert find_hash_function(model, str(model / "hash_function")) == model / "hash_function"
+    with pytest.raises(ConfigError, match="there is none there"):
+        find_hash_function(model, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("damage", ["spec", "weights", "embedding"])
+def test_damage_is_named(model_folder: Path, function: HashFunction, tmp_path: Path, damage: str) -> None:
+    save_hash_function(function, tmp_path)
+    if damage == "spec":
+        (tmp_path / SPEC_FILE).write_text("{}")
+    elif damage == "weights":
+        (tmp_path / WEIGHTS_FILE).write_bytes(b"short")
+    else:
+        spec = json.loads((tmp_path / SPEC_FILE).read_text())
+        (tmp_path / SPEC_FILE).write_text(json.dumps({**spec, "embedding_key": "nothing.weight"}))
+    with pytest.raises(CheckpointError):
+        load_hash_function(tmp_path, model_folder)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v2", "gpt_oss", "ernie4_5_moe"])
+def test_finds_the_embeddings_of_other_families(family: str, tmp_path: Path) -> None:
+    assert find_embedding_key(make_checkpoint(family, tmp_path)) == "model.embed_tokens.weight"
