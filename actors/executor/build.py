@@ -13,10 +13,13 @@ from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import ExpertSource
 from actors.executor.model_loader import load_slot_model
 from actors.executor.passes import Pass
+from actors.executor.predicted_routing import PredictedRouting
 from actors.executor.prefetcher import Prefetcher
 from actors.executor.runner import ModelRunner, RowInput
+from actors.predictor.hash_function import find_hash_function, load_hash_function
 from common.architecture import describe_architecture
 from common.config import ServingConfig
+from common.errors import ConfigError
 from common.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,17 @@ def build_engine(config: ServingConfig, source: ExpertSource) -> Engine:
         tokenizer=_fast_tokenizer(config.model),
         eos_ids=eos_ids(slot_model.model),
         prefetcher=Prefetcher(slot_model.pager, slot_model.clock) if config.prefetch else None,
+        predicted_routing=_predicted_routing(config) if config.routing == "predicted" else None,
     )
+
+
+def _predicted_routing(config: ServingConfig) -> PredictedRouting:
+    folder = find_hash_function(config.model, config.hash_function)
+    if folder is None:
+        raise ConfigError(
+            "routing", config.routing, "the model has no hash function; train one, or set hash_function"
+        )
+    return PredictedRouting(load_hash_function(folder, config.model))
 
 
 def eos_ids(model: PreTrainedModel) -> frozenset[int]:

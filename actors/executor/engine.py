@@ -6,7 +6,6 @@ One thread owns the model. `submit`, `cancel` and `attach_table` may be called f
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +13,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from actors.executor.pager import Pager
-from actors.executor.passes import Pass, PassClock, Routing, to_routing
+from actors.executor.passes import Pass, PassClock
+from actors.executor.predicted_routing import PredictedRouting
 from actors.executor.prefetcher import Prefetcher, plan_prefetch
 from actors.executor.report import EngineReport, LayerReport
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.sampler import sample
-from actors.executor.sequence import ChunkSink, Sequence
-from actors.predictor.hash_function import HashFunctionState
+from actors.executor.sequence import ChunkSink, PromptChunk, Sequence
 from common.errors import EngineStoppedError, HashTableError, NonFiniteLogitsError, QueueFullError
 from common.generation import GenerationRequest
 from common.hash_table import HashTable
@@ -37,33 +36,6 @@ class EngineLimits:
     max_queued_requests: int  # waiting for a row
 
 
-@dataclass(frozen=True)
-class _PromptChunk:
-    """The prompt tokens of one sequence that one pass computes."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-    @classmethod
-    def next_of(cls, sequence: Sequence, max_tokens: int) -> "_PromptChunk":
-        start = sequence.num_computed
-        return cls(sequence, start, min(sequence.num_prompt_tokens, start + max_tokens))
-
-    def next(self, max_tokens: int) -> "_PromptChunk":
-        """The chunk after this one; empty when this is the last."""
-        stop = min(self.sequence.num_prompt_tokens, self.stop + max_tokens)
-        return _PromptChunk(self.sequence, self.stop, stop)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.sequence.request.prompt_token_ids[self.start : self.stop]
-
-
 class Engine:
     """Continuous batching over one model: sequences join and leave at every step.
 
@@ -71,7 +43,7 @@ class Engine:
         tokenizer: None for a model without one; texts are empty then.
         eos_ids: tokens that end a sequence.
         prefetcher: None to fetch on demand only.
-        new_hash_function_state: routing=predicted; None lets the routers decide.
+        predicted_routing: None lets the model's routers decide.
     """
 
     def __init__(
@@ -83,17 +55,17 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_ids: frozenset[int] = frozenset(),
         prefetcher: Prefetcher | None = None,
-        new_hash_function_state: Callable[[], HashFunctionState] | None = None,
+        predicted_routing: PredictedRouting | None = None,
     ) -> None:
         self._runner, self._pager, self._clock = runner, pager, clock
         self._limits, self._tokenizer, self._eos_ids = limits, tokenizer, eos_ids
-        self._prefetcher, self._new_state = prefetcher, new_hash_function_state
+        self._prefetcher, self._routing = prefetcher, predicted_routing
         self._changed = threading.Condition()  # guards the next four, and each sequence's table
         self._sequences: dict[str, Sequence] = {}  # every unfinished one
         self._waiting: deque[Sequence] = deque()
         self._cancelled: set[str] = set()
         self._stop_reason: str | None = None
-        self._prompt_under_way: _PromptChunk | None = None
+        self._prompt_under_way: PromptChunk | None = None
         self._free_rows = list(range(limits.max_batch_size))
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
@@ -245,16 +217,16 @@ class Engine:
     def _prefill(self) -> None:
         budget = self._limits.prefill_chunk_tokens
         for sequence in tuple(self._prefilling):
-            chunk = _PromptChunk.next_of(sequence, budget)
+            chunk = PromptChunk.next_of(sequence, budget)
             self._run_prompt_chunk(chunk)
             budget -= chunk.num_tokens
             if budget <= 0:
                 return
 
-    def _run_prompt_chunk(self, chunk: "_PromptChunk") -> None:
+    def _run_prompt_chunk(self, chunk: PromptChunk) -> None:
         sequence = chunk.sequence
         try:
-            routing = self._prompt_routing(chunk)
+            routing = self._routing.of_prompt(chunk) if self._routing else None
             pass_ = Pass(1, routing, keep_choices=routing is None)
             with self._changed:
                 self._prompt_under_way = chunk
@@ -281,9 +253,9 @@ class Engine:
             return
         batch = sorted(self._decoding, key=lambda sequence: sequence.row)
         try:
-            pass_ = Pass(len(batch), self._decode_routing(batch))
+            pass_ = Pass(len(batch), self._routing.of_batch(batch) if self._routing else None)
             if self._prefilling:
-                chunk = _PromptChunk.next_of(self._prefilling[0], self._limits.prefill_chunk_tokens)
+                chunk = PromptChunk.next_of(self._prefilling[0], self._limits.prefill_chunk_tokens)
                 with self._changed:
                     self._plan(chunk, self._clock.passes_begun + 1)
             inputs = [RowInput(s.row, s.num_computed, (s.generated[-1],)) for s in batch]
@@ -320,31 +292,7 @@ class Engine:
             if sequence.append(token_id, logprobs, self._eos_ids):
                 self._retire(sequence)
 
-    def _prompt_routing(self, chunk: "_PromptChunk") -> Routing | None:
-        """routing=predicted: the table's rows of the chunk. Without a table in time, one is predicted here."""
-        if self._new_state is None:
-            return None
-        sequence = chunk.sequence
-        if sequence.hash_function is None:
-            sequence.hash_function = self._new_state()
-            table = sequence.hash_function.prefill(sequence.request.prompt_token_ids)
-            with self._changed:
-                sequence.table = sequence.table or table
-        assert sequence.table is not None
-        rows = slice(chunk.start, chunk.stop)
-        return to_routing(sequence.table.expert_ids[:, rows], sequence.table.weights[:, rows])
-
-    def _decode_routing(self, batch: list[Sequence]) -> Routing | None:
-        if self._new_state is None:
-            return None
-        steps = []
-        for sequence in batch:
-            assert sequence.hash_function is not None
-            steps.append(sequence.hash_function.step(sequence.generated[-1]))
-        ids, weights = zip(*steps, strict=True)
-        return to_routing(np.stack(ids, axis=1), np.stack(weights, axis=1))
-
-    def _plan(self, chunk: "_PromptChunk", pass_number: int) -> None:
+    def _plan(self, chunk: PromptChunk, pass_number: int) -> None:
         """Have the experts of a prompt chunk prefetched, if its table is there. The caller holds the lock."""
         sequence = chunk.sequence
         if self._prefetcher is None or sequence.table is None or chunk.num_tokens == 0:

@@ -44,6 +44,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     table: HashTable | None = None
     hash_function: HashFunctionState | None = None  # routing=predicted: predicts generated tokens
+    routing_table: HashTable | None = None  # routing=predicted: routes the prompt
     # What the routers chose: per prompt pass, per layer, [tokens, top_k].
     choices: list[list[NDArray[np.int64]]] = field(default_factory=list)
     needed: int = 0
@@ -106,3 +107,30 @@ class Sequence:
         if self.text.stopped or (token_id in eos_ids and not sampling.ignore_eos):
             return "stop"
         return "length" if len(self.generated) >= sampling.max_tokens else None
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """The prompt tokens of one sequence that one pass computes."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @classmethod
+    def next_of(cls, sequence: Sequence, max_tokens: int) -> "PromptChunk":
+        start = sequence.num_computed
+        return cls(sequence, start, min(sequence.num_prompt_tokens, start + max_tokens))
+
+    def next(self, max_tokens: int) -> "PromptChunk":
+        """The chunk after this one; empty when this is the last."""
+        stop = min(self.sequence.num_prompt_tokens, self.stop + max_tokens)
+        return PromptChunk(self.sequence, self.stop, stop)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.sequence.request.prompt_token_ids[self.start : self.stop]
