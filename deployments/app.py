@@ -77,6 +77,9 @@ def bind(config: ServingConfig) -> Application:
 def _executor(config: ServingConfig) -> Deployment:
     on_gpu = config.device == "cuda"
     actor_options = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 0.5, "runtime_env": _NO_GPU}
+    # An executor queues by itself, so Serve hands it all that it may run or keep waiting. Serve counts a request as
+    # queued even while it looks for a replica: its own limit must let a burst through that the executors can hold.
+    capacity = config.max_batch_size + config.max_queued_requests
     return serve.deployment(ExecutorDeployment).options(
         ray_actor_options=actor_options,
         autoscaling_config={
@@ -84,9 +87,8 @@ def _executor(config: ServingConfig) -> Deployment:
             "max_replicas": config.max_executors,
             "target_ongoing_requests": config.target_ongoing_requests,
         },
-        # An executor queues by itself, so Serve hands it all that it may run or keep waiting.
-        max_ongoing_requests=config.max_batch_size + config.max_queued_requests,
-        max_queued_requests=config.max_queued_requests,
+        max_ongoing_requests=capacity,
+        max_queued_requests=capacity * config.max_executors,
         max_constructor_retry_count=_CONSTRUCTOR_RETRIES,
         health_check_period_s=5,
         health_check_timeout_s=30,
