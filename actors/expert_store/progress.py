@@ -39,7 +39,7 @@ class LoadProgress:
             self._bar.set_postfix_str(f"{self.loaded_experts}/{self.num_experts} experts", refresh=False)
             self._bar.update(num_experts * self._expert_bytes)
         elif self._enters_new_step():
-            self._logger.info("%s", self)
+            self._logger.info(str(self))
 
     def close(self) -> None:
         if self._bar is not None:
