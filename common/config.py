@@ -39,6 +39,10 @@ def _absolute(value: Any) -> Any:
     return str(Path(value).expanduser().resolve()) if isinstance(value, str | Path) and str(value) else value
 
 
+def _absolute_or_auto(value: Any) -> Any:
+    return value if value == "auto" else _absolute(value)
+
+
 def _parse_slots(value: Any) -> Any:
     return value if isinstance(value, SlotBudget) else SlotBudget.parse(value)
 
@@ -89,7 +93,7 @@ class ServingConfig(BaseModel):
     eviction: Literal["lru", "fifo"] = _option(
         "lru", "lru or fifo", "Which expert leaves its slot: the least recently used, or the oldest."
     )
-    hash_function: str = _option(
+    hash_function: Annotated[str, BeforeValidator(_absolute_or_auto)] = _option(
         "auto",
         "auto or a folder",
         "Folder of the trained hash function. auto: `hash_function` in the model's folder, or none.",
@@ -166,14 +170,6 @@ class ServingConfig(BaseModel):
     def served_name(self) -> str:
         """The model's name in the API."""
         return self.model_name or Path(self.model).name
-
-    @property
-    def hash_function_folder(self) -> Path | None:
-        """The folder of the hash function; None when `auto` finds none. Touches the disk."""
-        if self.hash_function != "auto":
-            return Path(self.hash_function).expanduser().resolve()
-        beside_model = Path(self.model) / "hash_function"
-        return beside_model if beside_model.is_dir() else None
 
     def context_limit(self, model_limit: int) -> int:
         """Tokens of prompt and completion together, given what the model's positions allow.

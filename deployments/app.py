@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from actors.executor.families import check_supported
+from actors.predictor.hash_function import find_hash_function
 from common.architecture import describe_architecture, load_config
 from common.config import ServingConfig
 from common.errors import ConfigError, ServingError
@@ -52,20 +53,20 @@ def checked_config(args: Mapping[str, Any]) -> ServingConfig:
     if config.device == "auto":
         config = config.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     _check_model(config)
-    _check_hash_function(config)
+    _predicts(config)
     return config
 
 
 def bind(config: ServingConfig) -> Application:
     """Wire the deployments. `config.device` is "cpu" or "cuda" here."""
-    tables = _on_cpu(TableServer, num_cpus=0.05).options(max_ongoing_requests=1000).bind(config)
     store = _on_cpu(ExpertStoreDeployment, num_cpus=0.1).options(max_ongoing_requests=1000).bind(config)
-    executor = _executor(config).bind(config, store, tables)
-    predictor = None
-    if config.hash_function_folder is not None:
+    tables = predictor = None
+    if _predicts(config):
+        tables = _on_cpu(TableServer, num_cpus=0.05).options(max_ongoing_requests=1000).bind(config)
         predictor = (
             _on_cpu(PredictorDeployment, num_cpus=0.25).options(max_ongoing_requests=256).bind(config, tables)
         )
+    executor = _executor(config).bind(config, store, tables)
     ingress = _on_cpu(serve.ingress()(Ingress), num_cpus=0.2).options(
         # The executors bound what runs and waits; the ingress lets everything through to them.
         max_ongoing_requests=100_000,
@@ -117,10 +118,15 @@ def _check_model(config: ServingConfig) -> None:
     )
 
 
-def _check_hash_function(config: ServingConfig) -> None:
-    folder = config.hash_function_folder
-    if folder is not None and not folder.is_dir():
-        raise ConfigError("hash_function", config.hash_function, "a folder that exists, or auto")
-    if folder is None and config.routing == "predicted":
+def _predicts(config: ServingConfig) -> bool:
+    """Whether there is a hash function to predict with.
+
+    Raises:
+        ConfigError, CheckpointError: it is damaged or for another model, or `routing` needs one and there is none.
+    """
+    if find_hash_function(config.model, config.hash_function) is not None:
+        return True
+    if config.routing == "predicted":
         allowed = f"{config.model} has no hash_function folder; train one, or set hash_function"
         raise ConfigError("routing", config.routing, allowed)
+    return False

@@ -16,11 +16,12 @@ from ray.serve.handle import DeploymentHandle
 from common.architecture import describe_architecture
 from common.config import ServingConfig
 from common.generation import GenerationChunk, GenerationRequest
+from common.tokenizer import load_tokenizer
 from deployments.completions import CompletionService
 from deployments.http_api import create_http_api
 from deployments.openai_errors import reply_to
 from deployments.openai_schema import CompletionRequest
-from deployments.prompts import PromptReader, load_tokenizer
+from deployments.prompts import PromptReader
 
 logger = logging.getLogger("ray.serve")
 

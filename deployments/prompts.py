@@ -3,19 +3,12 @@
 The text of completions is not made here: executors decode it, because stop strings depend on it.
 """
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
-from transformers import AutoTokenizer
-
-from common.errors import CheckpointError, ContextTooLongError, InvalidParameterError, VocabularyError
+from common.errors import ContextTooLongError, InvalidParameterError, VocabularyError
 from deployments.openai_schema import Prompt
 
-logger = logging.getLogger("ray.serve")
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _NO_TOKENIZER = "the model's folder has no tokenizer; send token ids"
 
 
@@ -23,22 +16,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
-
-
-def load_tokenizer(folder: str) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder, or None when the folder holds none.
-
-    Raises:
-        CheckpointError: there are tokenizer files but they cannot be read.
-    """
-    if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-        logger.warning("%s has no tokenizer: only prompts of token ids can be served, without text", folder)
-        return None
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(folder, f"its tokenizer cannot be read ({error})") from error
-    return tokenizer
 
 
 class PromptReader:

@@ -142,13 +142,7 @@ def test_relative_folders_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.chdir(tmp_path)
     assert config(model="mine").model == str(tmp_path / "mine")
     assert config(model="mine").served_name == "mine"
-
-
-def test_finds_the_hash_function_beside_the_model(tmp_path: Path) -> None:
-    assert config(model=str(tmp_path)).hash_function_folder is None
-    (tmp_path / "hash_function").mkdir()
-    assert config(model=str(tmp_path)).hash_function_folder == tmp_path / "hash_function"
-    assert config(hash_function=str(tmp_path / "other")).hash_function_folder == tmp_path / "other"
+    assert config(hash_function="trained").hash_function == str(tmp_path / "trained")
 
 
 def test_the_context_is_limited_by_the_model() -> None:

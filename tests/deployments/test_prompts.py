@@ -1,10 +1,8 @@
-from pathlib import Path
-
 import pytest
 
-from common.errors import CheckpointError, ContextTooLongError, InvalidParameterError, VocabularyError
-from deployments.prompts import PromptReader, load_tokenizer
-from tests.deployments.fakes import VOCAB_SIZE, byte_tokenizer, token_ids, write_tokenizer
+from common.errors import ContextTooLongError, InvalidParameterError, VocabularyError
+from deployments.prompts import PromptReader
+from tests.deployments.fakes import VOCAB_SIZE, byte_tokenizer, token_ids
 
 
 @pytest.fixture
@@ -45,18 +43,3 @@ def test_half_a_character_is_written_as_its_id(reader: PromptReader) -> None:
     assert reader.token_text(token_ids("a")[0]) == "a"
     half = token_ids("é")[0]
     assert reader.token_text(half) == f"token_id:{half}"
-
-
-def test_loads_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
-    assert load_tokenizer(str(tmp_path)) is None
-    write_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
-    assert tokenizer is not None
-    assert tokenizer.encode("ab") == token_ids("ab")
-
-
-def test_a_damaged_tokenizer_is_an_error_not_an_absent_one(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be read"):
-        load_tokenizer(str(tmp_path))
