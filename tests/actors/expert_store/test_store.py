@@ -120,7 +120,7 @@ def test_refuses_what_does_not_fit_before_anything_is_read(
 
     [node] = ray.nodes()
     node["Resources"]["object_store_memory"] = 1_000_000.0
-    monkeypatch.setattr(store_module.ray, "nodes", lambda: [node])
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
     monkeypatch.setattr(store_module, "submit_chunk", must_not_run)
     store = ExpertStore(folder)
     store.start()
@@ -181,7 +181,6 @@ def test_cancelling_one_waiter_leaves_the_load_to_the_others(folder: Path) -> No
     assert len(asyncio.run(cancel_one(store)).refs) == 24
 
 
-@ray.remote(num_cpus=0)
 def first_byte(directory: ExpertDirectory, layer: int, expert_id: int) -> int:
     return int(ray.get(directory.refs[layer, expert_id])[0])
 
@@ -189,4 +188,7 @@ def first_byte(directory: ExpertDirectory, layer: int, expert_id: int) -> int:
 def test_the_directory_works_in_another_process(folder: Path) -> None:
     directory = load(folder).directory()
     expected = int(ray.get(directory.refs[2, 5])[0])
-    assert ray.get(first_byte.remote(directory, 2, 5), timeout=TIMEOUT_S) == expected
+    assert (
+        ray.get(ray.remote(first_byte).options(num_cpus=0).remote(directory, 2, 5), timeout=TIMEOUT_S)
+        == expected
+    )
