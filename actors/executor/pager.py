@@ -41,6 +41,7 @@ class _Layer:
     changed: threading.Condition = field(default_factory=threading.Condition)
     loading: set[int] = field(default_factory=set)  # expert ids whose copy is under way
     reading: frozenset[int] = frozenset()  # expert ids that the running step reads
+    step_waits: bool = False  # for a slot; prefetching must not take the next one
     unused_prefetches: set[int] = field(default_factory=set)
     counters: LayerCounters = field(default_factory=LayerCounters)
     read_done: torch.cuda.Event | None = None  # the device has finished the layer's last read
@@ -128,8 +129,10 @@ class Pager:
 
     def _load_on_demand(self, layer: int, state: _Layer, expert_id: int) -> None:
         with state.changed:
+            state.step_waits = True
             while (slot := self._take_slot(layer, state, state.reading)) is None:
                 state.changed.wait()  # every other slot is being filled by the prefetcher
+            state.step_waits = False
             state.loading.add(expert_id)
         self._copy(layer, state, expert_id, slot)
 
@@ -141,7 +144,9 @@ class Pager:
         """
         state = self._layers[layer]
         with state.changed:
-            if self._slot_of[layer, expert_id] != ABSENT or expert_id in state.loading:
+            # What the running step reads it also fetches; two copies of one expert would lose a slot.
+            taken_care_of = state.loading.union(state.reading)
+            if state.step_waits or expert_id in taken_care_of or self._slot_of[layer, expert_id] != ABSENT:
                 return False
             slot = self._take_slot(layer, state, state.reading.union(keep))
             if slot is None:

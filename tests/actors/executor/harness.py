@@ -96,7 +96,9 @@ def slot_model(
     )
 
 
-def start_engine(model: SlotModel, *, prefetch: bool = True, limits: EngineLimits | None = None, **engine: Any) -> Harness:
+def start_engine(
+    model: SlotModel, *, prefetch: bool = True, limits: EngineLimits | None = None, **engine: Any
+) -> Harness:
     limits = limits or EngineLimits(max_batch_size=4, prefill_chunk_tokens=5, max_queued_requests=8)
     runner = ModelRunner(model, limits.max_batch_size, max_tokens=128)
     prefetcher = Prefetcher(model.pager, model.clock) if prefetch else None

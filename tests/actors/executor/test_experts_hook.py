@@ -1,0 +1,73 @@
+"""Slots against every expert in place: the same bits, whatever the slots, the waves, the dtype and the policy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.executor.passes import Pass
+from actors.executor.runner import ModelRunner, RowInput
+from common.architecture import find_experts_modules
+from tests.actors.executor.harness import PROMPTS, slot_model
+from tests.tiny_models import NUM_EXPERTS, make_checkpoint
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def run_all(folder: Path, num_slots: int, dtype: torch.dtype, eviction: str = "lru") -> list[Tensor]:
+    """Logits of two prompt passes and a batch of decode passes."""
+    runner = ModelRunner(slot_model(folder, num_slots, dtype, eviction), num_rows=3, max_tokens=64)
+    logits = [runner.run([RowInput(row, 0, prompt)], Pass(1)) for row, prompt in enumerate(PROMPTS)]
+    for step in range(4):
+        inputs = [RowInput(row, len(prompt) + step, (7 + row + step,)) for row, prompt in enumerate(PROMPTS)]
+        logits.append(runner.run(inputs, Pass(len(inputs))))
+    return logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe"])
+def test_logits_are_bit_equal_to_all_resident(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path, dtype=dtype)
+    resident = run_all(folder, NUM_EXPERTS, dtype)
+    for num_slots, eviction in ((2, "lru"), (3, "fifo"), (5, "lru")):
+        paged = run_all(folder, num_slots, dtype, eviction)
+        assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True)), (num_slots, eviction)
+
+
+def test_a_wrong_expert_would_show(tmp_path: Path) -> None:
+    """The control of the tests above: one expert's weights changed, and the logits differ."""
+    folder = make_checkpoint("qwen3_moe", tmp_path)
+    model = slot_model(folder, NUM_EXPERTS)
+    runner = ModelRunner(model, num_rows=1, max_tokens=64)
+    before = runner.run([RowInput(0, 0, PROMPTS[0])], Pass(1))
+    slot = int(model.pager.page_table[0][model.pager.resident(0)][0])
+    next(iter(find_experts_modules(model.model).values())).down_proj[slot].zero_()
+    assert not torch.equal(before, runner.run([RowInput(0, 0, PROMPTS[0])], Pass(1)))
+
+
+def test_checkpoint_in_bfloat16_is_converted_on_the_way_into_float32_slots(tmp_path: Path) -> None:
+    folder = make_checkpoint("qwen3_moe", tmp_path, dtype=torch.bfloat16)
+    model = slot_model(folder, NUM_EXPERTS, torch.float32)
+    ModelRunner(model, num_rows=1, max_tokens=64).run([RowInput(0, 0, PROMPTS[0])], Pass(1))
+    expert_id = int(model.pager.resident(0).nonzero()[0][0])
+    experts = next(iter(find_experts_modules(model.model).values()))
+    in_slot = experts.down_proj[int(model.pager.page_table[0][expert_id])]
+    stored = model.pager.source.layout.views(model.pager.source.fetch(0, expert_id))["down_proj"]
+    assert in_slot.dtype == torch.float32
+    assert torch.equal(in_slot, stored.float())
+
+
+def test_a_pass_knows_what_it_needed_and_missed(tmp_path: Path) -> None:
+    model = slot_model(make_checkpoint("qwen3_moe", tmp_path), NUM_EXPERTS)
+    runner = ModelRunner(model, num_rows=2, max_tokens=64)
+    first, again = Pass(1, keep_choices=True), Pass(1)
+    runner.run([RowInput(0, 0, PROMPTS[0])], first)
+    runner.run([RowInput(0, 0, PROMPTS[0])], again)
+    assert first.choices is not None
+    needed = sum(len(set(ids.flatten().tolist())) for ids in first.choices)
+    assert (int(first.needed[0]), int(first.missed[0])) == (needed, needed)
+    assert (int(again.needed[0]), int(again.missed[0])) == (needed, 0)
+    batch = Pass(2)
+    runner.run([RowInput(0, 14, (3,)), RowInput(1, 0, (4,))], batch)
+    assert batch.needed.tolist() == [model.clock.num_layers * 2] * 2
