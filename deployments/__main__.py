@@ -22,6 +22,8 @@ def main() -> None:
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     try:
         serve.run(app, name="sida", blocking=True)
+    except KeyboardInterrupt:
+        print("Stopping.")
     finally:
         serve.shutdown()
 

@@ -25,6 +25,7 @@ from deployments.table_server import TableServer
 
 # An actor without GPUs still sees them; what does not compute on them must not take memory there.
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+_UNLOGGED = {"enable_access_log": False}  # executors ask the store every second whether it is still the same
 _CONSTRUCTOR_RETRIES = 3  # a replica that cannot start says why three times, not twenty
 
 
@@ -59,7 +60,11 @@ def checked_config(args: Mapping[str, Any]) -> ServingConfig:
 
 def bind(config: ServingConfig) -> Application:
     """Wire the deployments. `config.device` is "cpu" or "cuda" here."""
-    store = _on_cpu(ExpertStoreDeployment, num_cpus=0.1).options(max_ongoing_requests=1000).bind(config)
+    store = (
+        _on_cpu(ExpertStoreDeployment, num_cpus=0.1)
+        .options(max_ongoing_requests=1000, logging_config=_UNLOGGED)
+        .bind(config)
+    )
     tables = predictor = None
     if _predicts(config):
         tables = _on_cpu(TableServer, num_cpus=0.05).options(max_ongoing_requests=1000).bind(config)

@@ -1,0 +1,95 @@
+"""What cannot work ends in one line, before Ray starts and before any weight is read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import ray
+import torch
+
+from common.config import ServingConfig
+from deployments.app import build, checked_config
+from tests.tiny_models import make_model
+
+SERVE = Path(sys.executable).with_name("serve")
+
+
+def write_config(family: str, folder: Path) -> Path:
+    """A checkpoint folder with a config and nothing else: all that may be read here."""
+    make_model(family).config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config("qwen3_moe", tmp_path_factory.mktemp("tiny"))
+
+
+def message(**args: object) -> str:
+    with pytest.raises(click.ClickException) as caught:
+        build({key: str(value) for key, value in args.items()})
+    assert not ray.is_initialized()
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_decides_the_device(folder: Path) -> None:
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert checked_config({"model": str(folder)}).device == here
+    assert checked_config({"model": str(folder), "device": "cuda"}).device == "cuda"
+
+
+def test_keeps_what_was_asked_for(folder: Path) -> None:
+    config = checked_config({"model": str(folder), "device": "cpu", "expert_slots": "100%"})
+    assert config == ServingConfig.from_args(
+        {"model": str(folder), "device": "cpu", "expert_slots": "100%"}, {}
+    )
+
+
+def test_names_an_unknown_key() -> None:
+    assert message(expert_slot=4).endswith("did you mean expert_slots?")
+
+
+def test_names_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    assert message(model=tmp_path / "nothing").startswith(
+        f"checkpoint {tmp_path}/nothing: no config.json there"
+    )
+
+
+def test_names_an_unsupported_family(tmp_path: Path) -> None:
+    text = message(model=write_config("qwen3_next", tmp_path))
+    assert "qwen3_next is not supported yet: it has linear_attention layers" in text
+
+
+def test_names_too_few_and_too_many_slots(folder: Path) -> None:
+    assert "one token needs" in message(model=folder, expert_slots=1)
+    assert "experts per layer; give" in message(model=folder, expert_slots=1000)
+    assert "one token needs" in message(model=folder, expert_slots="1kB")
+
+
+def test_names_a_context_above_the_models(folder: Path) -> None:
+    assert message(model=folder, max_context_tokens=10_000_000).startswith("max_context_tokens=10000000")
+
+
+def test_predicted_routing_needs_a_hash_function(folder: Path, tmp_path: Path) -> None:
+    assert "has no hash_function folder" in message(model=folder, routing="predicted")
+    assert message(model=folder, hash_function=tmp_path).startswith(f"hash_function={str(tmp_path)!r}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        [str(SERVE), "run", "--name", "sida", "deployments.app:build", "expert_slot=4"],
+        [sys.executable, "-m", "deployments", "expert_slot=4"],
+    ],
+    ids=["serve run", "python -m deployments"],
+)
+def test_the_command_line_ends_with_that_line(command: list[str]) -> None:
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    expected = "Error: expert_slot='4' is not possible: there is no such key; did you mean expert_slots?"
+    assert ended.stderr.strip().splitlines()[-1] == expected
+    assert "Traceback" not in ended.stderr
