@@ -289,8 +289,10 @@ class Engine:
                 self._fail(sequence, NonFiniteLogitsError(sequence.num_computed))
                 continue
             self._tokens["generated"] += 1
-            if sequence.append(token_id, logprobs, self._eos_ids):
-                self._retire(sequence)
+            chunk = sequence.append(token_id, logprobs, self._eos_ids)
+            if chunk.finish_reason is not None:
+                self._retire(sequence)  # before anybody learns of it
+            sequence.sink.put(chunk)
 
     def _plan(self, chunk: PromptChunk, pass_number: int) -> None:
         """Have the experts of a prompt chunk prefetched, if its table is there. The caller holds the lock."""

@@ -80,27 +80,22 @@ class Sequence:
             predicted = 0 if score is None else score.needed_pairs_named
         return ExpertUsage(self.needed, predicted, self.missed, self.moved_bytes)
 
-    def append(self, token_id: int, logprobs: TokenLogprobs | None, eos_ids: frozenset[int]) -> bool:
-        """Take a sampled token and pass it on.
-
-        Returns:
-            Whether the sequence is finished.
-        """
+    def append(
+        self, token_id: int, logprobs: TokenLogprobs | None, eos_ids: frozenset[int]
+    ) -> GenerationChunk:
+        """Take a sampled token; the chunk is to be passed on, and is the last one if it has a finish reason."""
         self.generated.append(token_id)
         text = self.text.push(token_id)
         reason = self._finish_reason(token_id, eos_ids)
         if reason is not None and not self.text.stopped:
             text += self.text.flush()
-        self.sink.put(
-            GenerationChunk(
-                token_ids=(token_id,),
-                text=text,
-                logprobs=() if logprobs is None else (logprobs,),
-                finish_reason=reason,
-                experts=None if reason is None else self.usage(),
-            )
+        return GenerationChunk(
+            token_ids=(token_id,),
+            text=text,
+            logprobs=() if logprobs is None else (logprobs,),
+            finish_reason=reason,
+            experts=None if reason is None else self.usage(),
         )
-        return reason is not None
 
     def _finish_reason(self, token_id: int, eos_ids: frozenset[int]) -> FinishReason | None:
         sampling = self.request.sampling
