@@ -170,7 +170,7 @@ def write_card(
         "routing_rows": "\n".join(_routing_row(*row) for row in enumerate(figures.layers)),
         "held_out_files": ", ".join(f"`{name}`" for name in HELD_OUT),
         "validation_files": ", ".join(f"`{name}`" for name in VALIDATION),
-        "samples": "\n\n".join(f"{title}:\n\n```python\n{text}\n```" for title, text in samples),
+        "samples": "\n\n".join(f"{title}:\n\n```text\n{text}\n```" for title, text in samples),
     }
     (folder / "README.md").write_text(template.substitute(values), encoding="utf-8")
 
