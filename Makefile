@@ -2,11 +2,13 @@
 #   make serve                                 the reference model on http://127.0.0.1:8000
 #   make serve PORT=9000 ARGS="expert_slots=25% routing=predicted"
 #   make test TESTS="tests/common -k config"
+#   make bench BENCH=expert_store ARGS="--help"
 PYTHON ?= python3
 VENV   ?= .venv
 PORT   ?= 8000
 ARGS   ?=
 TESTS  ?= tests
+BENCH  ?= engine
 
 BIN      := $(VENV)/bin
 INSTALL   = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
@@ -32,7 +34,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:
 	rm -rf $(VENV)
