@@ -5,13 +5,15 @@ differ in dtype at most; packed and low-precision stored forms are decoded by wh
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-ALIGNMENT_BYTES = 64  # of every tensor in a slab: grouped GEMM wants 16, the object store gives 64
+ALIGNMENT_BYTES = (
+    64  # of every stored tensor; half of it after a conversion to half the size. Grouped GEMM wants 16
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ class ExpertLayout:
         return dtype
 
     def with_dtype(self, dtype: torch.dtype) -> "ExpertLayout":
-        """The same tensors in another dtype, with offsets of their own."""
-        return self.from_shapes({tensor.name: tensor.shape for tensor in self.tensors}, dtype)
+        """The same elements at the same places in another dtype: one copy of a whole slab converts an expert."""
+        scale = dtype.itemsize / self.dtype.itemsize
+        tensors = tuple(
+            replace(tensor, offset_bytes=int(tensor.offset_bytes * scale)) for tensor in self.tensors
+        )
+        return ExpertLayout(tensors, str(dtype).removeprefix("torch."), int(self.slab_bytes * scale))
 
     def views(self, slabs: Tensor) -> dict[str, Tensor]:
         """Typed views of slabs, by tensor name; no bytes are copied.

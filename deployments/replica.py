@@ -11,7 +11,8 @@ DEFAULT_APP = "sida"
 def app_name() -> str:
     """The application's name: part of every Redis key."""
     try:
-        return serve.get_replica_context().app_name
+        name: str = serve.get_replica_context().app_name
+        return name
     except RayServeException:
         return DEFAULT_APP
 
@@ -19,6 +20,7 @@ def app_name() -> str:
 def replica_id() -> str:
     """Unique among the replicas of a deployment."""
     try:
-        return serve.get_replica_context().replica_id.unique_id
+        unique_id: str = serve.get_replica_context().replica_id.unique_id
+        return unique_id
     except RayServeException:
         return f"process-{os.getpid()}"

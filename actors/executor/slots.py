@@ -11,17 +11,17 @@ class SlotPool:
 
     def __init__(self, layout: ExpertLayout, num_slots: int, device: torch.device) -> None:
         self.num_slots = num_slots
-        self._slabs = torch.zeros(num_slots, layout.slab_bytes, dtype=torch.uint8, device=device)
-        self.views = layout.views(self._slabs)  # name -> [num_slots, *shape]
-        self._layout = layout
+        slabs = torch.zeros(num_slots, layout.slab_bytes, dtype=torch.uint8, device=device)
+        self.views = layout.views(slabs)  # name -> [num_slots, *shape]
+        self._elements = slabs.view(layout.dtype).unbind()  # per slot, [slab elements]
 
     def write(self, slot: int, slab: Tensor, stored: ExpertLayout) -> None:
-        """Copy a host slab ([stored.slab_bytes] uint8) into a slot, converting where the dtypes differ."""
-        if stored == self._layout:
-            self._slabs[slot].copy_(slab)
-            return
-        for name, tensor in stored.views(slab).items():
-            self.views[name][slot].copy_(tensor)
+        """Copy a host slab ([stored.slab_bytes] uint8) into a slot, converting where the dtypes differ.
+
+        Args:
+            stored: has its elements where the slots' layout has them (`ExpertLayout.with_dtype`).
+        """
+        self._elements[slot].copy_(slab.view(stored.dtype))
 
     def poison(self, slot: int) -> None:
         """Fill a free slot with NaN, so that a test sees any read of it."""

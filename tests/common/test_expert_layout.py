@@ -46,12 +46,17 @@ def test_tensors_are_aligned_in_order_and_inside_the_slab(
 
 
 @given(SHAPES, DTYPES, DTYPES)
-def test_another_dtype_keeps_names_and_shapes(
+def test_copying_a_whole_slab_into_another_dtype_converts_every_tensor(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, other: torch.dtype
 ) -> None:
-    layout = ExpertLayout.from_shapes(shapes, dtype).with_dtype(other)
-    assert layout == ExpertLayout.from_shapes(shapes, other)
-    assert layout.dtype == other
+    layout = ExpertLayout.from_shapes(shapes, dtype)
+    converted = layout.with_dtype(other)
+    slab = torch.randint(0, 100, (layout.slab_bytes // dtype.itemsize,)).to(dtype).view(torch.uint8)
+    slot = torch.empty(converted.slab_bytes, dtype=torch.uint8)
+    slot.view(other).copy_(slab.view(dtype))
+    for name, tensor in layout.views(slab).items():
+        assert torch.equal(converted.views(slot)[name], tensor.to(other))
+    assert all(tensor.offset_bytes % 16 == 0 for tensor in converted.tensors)
 
 
 @given(SHAPES, DTYPES)
