@@ -41,7 +41,7 @@ def url(serve_url: str, model_folder: Path) -> Iterator[str]:
     ingress = deployment(serve.ingress()(Ingress), max_ongoing_requests=100)
     fakes = [
         deployment(FakePredictor).bind(),
-        deployment(FakeExecutor, num_replicas=2, max_ongoing_requests=8).bind(),
+        deployment(FakeExecutor, num_replicas=2, max_ongoing_requests=8, max_queued_requests=16).bind(),
         deployment(FakeStore).bind(),
     ]
     serve.run(ingress.bind(config, *fakes), name=APP, route_prefix="/ingress_test")
@@ -171,6 +171,17 @@ def test_a_client_that_goes_cancels_its_request(url: str, stream: bool) -> None:
             with pytest.raises(httpx.ReadTimeout):
                 http.post(f"{url}/v1/completions", json=fields, timeout=2)
     wait_until(lambda: sum(len(report["cancelled"]) for report in reports(url)) == cancelled_before + 1)
+    assert not any(report["running"] for report in reports(url))
+
+
+def test_a_burst_above_the_limits_is_refused_and_leaves_nothing_behind(url: str) -> None:
+    def burst(prompt: str, count: int) -> httpx.Response:
+        fields = {"prompt": [prompt] * count, "max_tokens": 2}
+        return httpx.post(f"{url}/v1/completions", json=fields, timeout=60)
+
+    refused = burst("hangs", 60)  # 16 run, 16 may wait
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+    wait_until(lambda: burst("ab", 16).status_code == 200)
     assert not any(report["running"] for report in reports(url))
 
 
