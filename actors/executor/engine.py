@@ -107,8 +107,9 @@ class Engine:
         sequence = Sequence.of(request, sink, self._tokenizer)
         with self._changed:
             self.check_health()
-            if len(self._waiting) >= self._limits.max_queued_requests + len(self._free_rows):
-                raise QueueFullError(len(self._waiting), self._limits.max_queued_requests)
+            num_queued = len(self._waiting) - len(self._free_rows)  # the others start with the next step
+            if num_queued >= self._limits.max_queued_requests:
+                raise QueueFullError(num_queued, self._limits.max_queued_requests)
             self._sequences[request.request_id] = sequence
             self._waiting.append(sequence)
             self._changed.notify_all()

@@ -1,0 +1,160 @@
+"""The whole application over HTTP: every real component, tiny models, the library's own output as the measure."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from actors.predictor.hash_function import save_hash_function
+from deployments.app import build
+from tests.actors.executor.harness import PROMPTS, library_greedy, library_model
+from tests.actors.predictor.conftest import make_function
+from tests.deployments.fakes import VOCAB_SIZE, write_tokenizer
+from tests.tiny_models import make_checkpoint
+
+pytestmark = pytest.mark.cluster
+
+NUM_TOKENS = 10
+DEADLINE_S = 120.0
+
+
+@contextmanager
+def running(serve_url: str, app: str, folder: Path, **settings: Any) -> Iterator[httpx.Client]:
+    """The application under a route of its own; stopped at the end."""
+    serve.run(build({"model": str(folder), **settings}), name=app, route_prefix=f"/{app}")
+    try:
+        with httpx.Client(base_url=f"{serve_url}/{app}", timeout=DEADLINE_S) as client:
+            yield client
+    finally:
+        serve.delete(app)
+
+
+def complete(client: httpx.Client, prompt: list[int], **fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "logprobs": 0}
+    response = client.post("/v1/completions", json={**body, "ignore_eos": True, **fields})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def token_ids(answer: dict[str, Any]) -> list[int]:
+    """A model without a tokenizer names its tokens by their ids."""
+    return [int(token.removeprefix("token_id:")) for token in answer["choices"][0]["logprobs"]["tokens"]]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
+def test_serves_the_librarys_tokens_to_concurrent_clients(
+    family: str, serve_url: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    reference = library_model(folder)
+    expected = [library_greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS]
+    with running(serve_url, f"family-{family}", folder, model_name="tiny", expert_slots=2) as client:
+        answers: dict[int, list[int]] = {}
+        clients = [
+            threading.Thread(
+                target=lambda index=index: answers.update(
+                    {index: token_ids(complete(client, PROMPTS[index]))}
+                )
+            )
+            for index in range(len(PROMPTS))
+        ]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join(DEADLINE_S)
+    assert [answers[index] for index in range(len(PROMPTS))] == expected
+
+
+@pytest.fixture(scope="module")
+def predicted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer and a (random) hash function, its experts large enough for shared memory."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_checkpoint("qwen3_moe", folder, vocab_size=VOCAB_SIZE, moe_intermediate_size=256)
+    write_tokenizer(folder)
+    save_hash_function(make_function(folder), folder / "hash_function")
+    return folder
+
+
+def test_prediction_reaches_the_executor_through_redis(serve_url: str, predicted_folder: Path) -> None:
+    with running(serve_url, "predicting", predicted_folder, model_name="tiny", expert_slots=4) as client:
+        prompt = list(range(3, 120))
+
+        def tables() -> dict[str, int]:
+            counts: dict[str, int] = client.get("/v1/experts").json()["executors"][0]["hash_tables"]
+            return counts
+
+        def one_arrived() -> bool:
+            usage = complete(client, prompt, max_tokens=64)["usage"]["experts"]
+            return usage["predicted"] > 0 and tables()["on_time"] + tables()["late"] > 0
+
+        wait_until(one_arrived)
+        layers = client.get("/v1/experts").json()["executors"][0]["layers"]
+        assert all(0 < layer["predictor_recall"] < 1 for layer in layers)
+        assert tables()["unusable"] == 0
+
+
+def test_predicted_routing_serves_other_tokens_than_the_routers(
+    serve_url: str, predicted_folder: Path
+) -> None:
+    with running(serve_url, "exact", predicted_folder, model_name="tiny") as client:
+        exact = complete(client, PROMPTS[0])["choices"][0]["text"]
+    settings = {"model_name": "tiny", "routing": "predicted"}
+    with running(serve_url, "lossy", predicted_folder, **settings) as client:
+        predicted = complete(client, PROMPTS[0])
+    assert predicted["choices"][0]["text"] != exact
+    assert predicted["usage"]["experts"]["predicted"] == predicted["usage"]["experts"]["needed"]
+
+
+def process_of(app: str, deployment: str) -> int:
+    """The process of an application's replica, by the title Ray gives it."""
+    title = f"ray::ServeReplica:{app}:{deployment}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if (entry / "cmdline").read_bytes().startswith(title):
+                    return int(entry.name)
+            except OSError:
+                continue  # it ended while we looked
+    raise AssertionError(f"no process {title!r}")
+
+
+def test_serving_goes_on_while_a_killed_store_comes_back(serve_url: str, predicted_folder: Path) -> None:
+    with running(serve_url, "storekill", predicted_folder, model_name="tiny", expert_slots=2) as client:
+
+        def answer() -> list[str]:
+            tokens: list[str] = complete(client, PROMPTS[0])["choices"][0]["logprobs"]["tokens"]
+            return tokens
+
+        before, tokens = generation_of(client), answer()
+        assert len(tokens) == NUM_TOKENS
+        os.kill(process_of("storekill", "ExpertStoreDeployment"), signal.SIGKILL)
+        num_answers = 0
+        end = time.monotonic() + DEADLINE_S
+        while generation_of(client) in (None, before):
+            assert answer() == tokens, "every request is answered, and rightly, while the store is away"
+            num_answers += 1
+            assert time.monotonic() < end, "the store did not come back"
+        assert num_answers > 0
+        assert answer() == tokens
+
+
+def generation_of(client: httpx.Client) -> str | None:
+    """None while the store, which /v1/experts also asks, is away."""
+    response = client.get("/v1/experts")
+    return response.json()["executors"][0]["store_generation"] if response.status_code == 200 else None
