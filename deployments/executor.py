@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.executor.build import build_engine
 from actors.executor.chunk_stream import ChunkStream
-from actors.executor.expert_source import StoreExpertSource
+from actors.executor.store_source import StoreExpertSource
 from common.config import ServingConfig
 from common.errors import HashTableError, TableBusError
 from common.generation import GenerationChunk, GenerationRequest

@@ -114,9 +114,10 @@ def library_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTraine
 
 
 def library_greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    inputs = torch.tensor([prompt], device=model.device)
     output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        inputs,
+        attention_mask=torch.ones_like(inputs),
         do_sample=False,
         min_new_tokens=num_tokens,
         max_new_tokens=num_tokens,

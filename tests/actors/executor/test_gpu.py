@@ -1,0 +1,90 @@
+"""The engine on a CUDA device: the same tokens and bits as with every expert in place. Not in CI, which has no GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from actors.executor.engine import EngineLimits
+from actors.executor.passes import Pass
+from actors.executor.runner import ModelRunner, RowInput
+from common.hash_table import HashTable
+from tests.actors.executor.harness import (
+    PROMPTS,
+    Harness,
+    library_greedy,
+    library_model,
+    slot_model,
+    start_engine,
+)
+from tests.tiny_models import FAMILIES, NUM_EXPERTS, make_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+NUM_TOKENS = 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_generates_the_librarys_tokens(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    reference = library_model(folder).to("cuda")
+    expected = [library_greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS]
+    harness = start_engine(slot_model(folder, device="cuda"))
+    try:
+        assert harness.generate(PROMPTS, max_tokens=NUM_TOKENS) == expected
+    finally:
+        harness.engine.stop()
+
+
+def run_all(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tensor]:
+    model = slot_model(folder, num_slots, dtype, device="cuda")
+    runner = ModelRunner(model, num_rows=3, max_tokens=64)
+    logits = [runner.run([RowInput(row, 0, prompt)], Pass(1)) for row, prompt in enumerate(PROMPTS)]
+    for step in range(4):
+        inputs = [RowInput(row, len(prompt) + step, (7 + row + step,)) for row, prompt in enumerate(PROMPTS)]
+        logits.append(runner.run(inputs, Pass(len(inputs))))
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "granitemoe"])
+def test_logits_are_bit_equal_to_all_resident(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path, dtype=dtype)
+    resident = run_all(folder, NUM_EXPERTS, dtype)
+    for num_slots in (2, 3, 5):
+        paged = run_all(folder, num_slots, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True)), num_slots
+
+
+def test_prefetching_beside_the_compute_changes_no_token(tmp_path: Path) -> None:
+    """Random tables keep the copy stream writing into slots that passes have just read."""
+    folder = make_checkpoint(
+        "qwen3_moe", tmp_path, dtype=torch.bfloat16, hidden_size=512, moe_intermediate_size=512
+    )
+    prompts = [[(7 * row + 3 * place) % 120 + 1 for place in range(40)] for row in range(12)]
+    limits = EngineLimits(max_batch_size=4, prefill_chunk_tokens=8, max_queued_requests=16)
+
+    def tokens(num_slots: int, *, with_tables: bool) -> list[list[int]]:
+        harness = start_engine(slot_model(folder, num_slots, torch.bfloat16, device="cuda"), limits=limits)
+        try:
+            sinks = [harness.submit(prompt, f"r{row}", max_tokens=6) for row, prompt in enumerate(prompts)]
+            if with_tables:
+                for row, prompt in enumerate(prompts):
+                    harness.engine.attach_table(f"r{row}", random_table(harness, len(prompt), row))
+            return [sink.token_ids() for sink in sinks]
+        finally:
+            harness.engine.stop()
+
+    assert tokens(3, with_tables=True) == tokens(3, with_tables=False)
+
+
+def random_table(harness: Harness, num_tokens: int, seed: int) -> HashTable:
+    model = harness.slot_model
+    ids = np.random.default_rng(seed).integers(0, NUM_EXPERTS, (model.clock.num_layers, num_tokens, 2))
+    weights = np.full(ids.shape, 0.5, np.float16)
+    return HashTable(ids.astype(np.uint16), weights, model.pager.source.model_fingerprint, "random", "1")
