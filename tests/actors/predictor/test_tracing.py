@@ -63,7 +63,7 @@ def test_unweighted_rules_reproduce_the_routers_weights(tmp_path: Path) -> None:
 def test_routers_that_do_more_than_softmax_and_top_k_are_refused(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path)
     tracer = RoutingTracer(load_resident_model(folder, CPU, torch.float32), folder)
-    with pytest.raises(UnsupportedModelError, match="routers"):
+    with pytest.raises(UnsupportedModelError, match="router"):
         LiveTraces(tracer, *some_windows())
 
 
