@@ -142,6 +142,7 @@ def save_hash_function(function: HashFunction, folder: str | Path) -> None:
         name: tensor.detach().cpu().half().contiguous() for name, tensor in function.state_dict().items()
     }
     save_file(weights, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors leaves it to its owner alone
     (folder / SPEC_FILE).write_text(json.dumps(asdict(function.spec), indent=2) + "\n", encoding="utf-8")
 
 
