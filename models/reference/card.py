@@ -17,15 +17,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM, TokenizersBackend
 
+from models.reference.choose import last_loss
 from models.reference.corpus import END_OF_TEXT, FOLDER, HELD_OUT, VALIDATION
 
 PROMPTS = (
-    "def fibonacci(n):\n",
+    "def fibonacci(n):",
+    "def read_lines(path):\n",
     "class Stack:\n    def __init__(self):\n",
     "import os\nimport sys\n\n\ndef read_lines(path):\n",
     "class TestQueue(unittest.TestCase):\n    def test_put_and_get(self):\n",
 )
 NUM_NEW_TOKENS = 96
+SEEDS = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,10 @@ def measure(model: Qwen3MoeForCausalLM, tokenizer: TokenizersBackend, text: str,
 
 
 def complete(model: Qwen3MoeForCausalLM, tokenizer: TokenizersBackend, prompt: str, **options: Any) -> str:
-    """The prompt and what the model writes after it; options are those of `generate`."""
-    torch.manual_seed(0)
+    """The prompt and what the model writes after it, the end-of-text token included; options are `generate`'s."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, **options)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True)).rstrip()
+    return str(tokenizer.decode(output[0])).rstrip()
 
 
 def plot_loss(training: dict[str, Any], out: Path) -> None:
@@ -162,6 +164,9 @@ def write_card(
         "steps_done": training["steps"],
         "seconds": f"{training['seconds']:.0f}",
         "validation_perplexity": f"{math.exp(training['best_validation_loss']):.2f}",
+        "train_loss": f"{last_loss(training):.2f}",
+        "validation_loss": f"{training['best_validation_loss']:.2f}",
+        "run_rows": "\n".join(_run_rows(training)),
         "held_out_tokens": f"{figures.held_out_tokens:,}",
         "perplexity": f"{figures.perplexity:.2f}",
         "late_perplexity": f"{figures.late_perplexity:.2f}",
@@ -175,6 +180,20 @@ def write_card(
     (folder / "README.md").write_text(template.substitute(values), encoding="utf-8")
 
 
+def _run_rows(training: dict[str, Any]) -> list[str]:
+    """Table rows of the saved run and of the runs it was chosen from."""
+    saved = {**training, "last_loss": last_loss(training)}
+    rows = []
+    for title, run in [("saved", saved), *(("rejected", run) for run in training.get("rejected", []))]:
+        settings = run["settings"]
+        rows.append(
+            f"| {title} | {settings['batch']} | {settings['dropout']} | {run['steps']} "
+            f"| {run['tokens_seen'] / 1e6:.0f} M | {run['last_loss']:.2f} "
+            f"| {math.exp(run['best_validation_loss']):.2f} |"
+        )
+    return rows
+
+
 def _routing_row(index: int, layer: LayerRouting) -> str:
     return (
         f"| {index} | {layer.usage_entropy:.3f} | {layer.token_entropy:.3f} | {layer.min_share:.2f} "
@@ -183,11 +202,15 @@ def _routing_row(index: int, layer: LayerRouting) -> str:
 
 
 def _samples(model: Qwen3MoeForCausalLM, tokenizer: TokenizersBackend) -> list[tuple[str, str]]:
-    """Titles and completions: one greedy, the others drawn."""
-    drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
-    title = "Temperature 0.7, top-p 0.95, seed 0"
-    greedy = complete(model, tokenizer, PROMPTS[0])
-    return [("Greedy", greedy)] + [(title, complete(model, tokenizer, prompt, **drawn)) for prompt in PROMPTS]
+    """Titles and completions: each prompt at temperature 0 and, for each seed, at 0.7."""
+    samples = []
+    for prompt in PROMPTS:
+        samples.append(("Temperature 0", complete(model, tokenizer, prompt)))
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            text = complete(model, tokenizer, prompt, do_sample=True, temperature=0.7, top_k=0, top_p=1.0)
+            samples.append((f"Temperature 0.7, seed {seed}", text))
+    return samples
 
 
 def main() -> None:

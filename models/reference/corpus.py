@@ -1,4 +1,4 @@
-"""The corpus of the reference model: the running Python's standard library, its split and its tokenizer.
+"""The corpus of the reference model: the running Python's standard library, its split, its tokenizer, its tokens.
 
 Reads local files only. The split is by file and fixed by the lists below, so any process that runs the same
 Python gets the same held-out text.
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from models.reference.standalone import standalone_documents
 
 FOLDER = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"
@@ -174,17 +176,26 @@ def _read_sources(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _prepare(corpus: Corpus, out: Path) -> None:
-    """Train and save the tokenizer, write heldout.txt, and store the encoded parts in `out`."""
+    """Train and save the tokenizer, write heldout.txt, and store the encoded parts in `out`.
+
+    The part `train` is the files and then the documents cut from them. The tokenizer learns from the files alone.
+    """
     tokenizer = train_tokenizer(corpus.train.values())
     save_tokenizer(tokenizer, FOLDER)
     write_held_out(corpus, FOLDER / "heldout.txt")
+    parts = {
+        "files": list(corpus.train.values()),
+        "standalone": standalone_documents(corpus.train),
+        "validation": list(corpus.validation.values()),
+        "held_out": list(corpus.held_out.values()),
+    }
+    encoded = {name: encode(tokenizer, texts) for name, texts in parts.items()}
+    for name, texts in parts.items():
+        num_bytes = sum(len(text.encode()) for text in texts)
+        print(f"{name}: {len(texts)} documents, {num_bytes} bytes, {encoded[name].size} tokens")
+    encoded["train"] = np.concatenate([encoded.pop("files"), encoded.pop("standalone")])
     out.parent.mkdir(parents=True, exist_ok=True)
-    parts = {"train": corpus.train, "validation": corpus.validation, "held_out": corpus.held_out}
-    encoded = {name: encode(tokenizer, part.values()) for name, part in parts.items()}
     np.savez_compressed(out, **encoded)  # type: ignore[arg-type]  # numpy's stub takes the names for options
-    for name, part in parts.items():
-        num_bytes = sum(len(text.encode()) for text in part.values())
-        print(f"{name}: {len(part)} files, {num_bytes} bytes, {encoded[name].size} tokens")
 
 
 def write_held_out(corpus: Corpus, out: Path) -> None:

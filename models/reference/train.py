@@ -142,6 +142,7 @@ class Trainer:
         self.model = Qwen3MoeForCausalLM(model_config()).to(device, torch.bfloat16)
         self.model.set_experts_implementation("grouped_mm")
         add_dropout(self.model, settings.dropout)
+        self.documents = _document_starts(tokens["train"])
         self.optimizer = MasterWeightAdamW(self.model, settings.weight_decay)
         self.record = Record(asdict(settings), _environment(device), tokens["train"].numel())
         self.best = self._snapshot()
@@ -188,12 +189,20 @@ class Trainer:
         return max(record.steps / settings.steps, record.seconds / (60 * settings.minutes))
 
     def _step(self, lr: float) -> tuple[Tensor, Tensor]:
-        tokens, length = self.tokens["train"], self.settings.context
-        starts = torch.randint(tokens.numel() - length, (self.settings.batch,), device=tokens.device)
-        loss, balance = self._losses(_windows(tokens, starts, length))
+        loss, balance = self._losses(self._draw_windows())
         (loss + self.settings.balance * balance).backward()
         self.optimizer.step(lr)
         return loss.detach(), balance.detach()
+
+    def _draw_windows(self) -> Tensor:
+        """[batch, context + 1] int64: from a random token on, or from the start of its document if a window reaches it.
+
+        So about half of the windows start as prompts do, with a document, and hardly any token is seen more often.
+        """
+        tokens, length = self.tokens["train"], self.settings.context
+        drawn = torch.randint(tokens.numel() - length, (self.settings.batch,), device=tokens.device)
+        documents = self.documents[torch.searchsorted(self.documents, drawn, right=True) - 1]
+        return _windows(tokens, torch.where(drawn - documents < length, documents, drawn), length)
 
     def _losses(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Next-token loss and balance loss of [batch, context + 1] tokens."""
@@ -232,6 +241,12 @@ def _windows(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
     return tokens[starts[:, None] + torch.arange(length + 1, device=tokens.device)]
 
 
+def _document_starts(tokens: Tensor) -> Tensor:
+    """[documents] int64, ascending: where each document of a token stream begins."""
+    ends = (tokens[:-1] == END_OF_TEXT_ID).nonzero().flatten()
+    return torch.cat([ends.new_zeros(1), ends + 1])
+
+
 def _environment(device: torch.device) -> dict[str, str]:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
@@ -257,12 +272,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the checkpoint")
     parser.add_argument("--device", default=device, help="cuda or cpu")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
-    parser.add_argument("--minutes", type=float, default=60.0, help="end by then; the schedule shrinks")
+    parser.add_argument("--minutes", type=float, default=4.8, help="end by then; the schedule shrinks")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--context", type=int, default=MAX_TOKENS, help="tokens per sequence")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=1.0, help="of every matrix")
-    parser.add_argument("--dropout", type=float, default=0.1, help="on the residual branches")
+    parser.add_argument("--dropout", type=float, default=0.15, help="on the residual branches")
     parser.add_argument("--balance", type=float, default=0.005, help="weight of each layer's balance loss")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--validate-every", type=int, default=200, help="steps, a multiple of 20")
