@@ -8,15 +8,17 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import ConfigError
 from common.slot_budget import ALLOWED as SLOTS_ALLOWED
 from common.slot_budget import SlotBudget
+
+if TYPE_CHECKING:
+    import torch
 
 ENVIRONMENT_PREFIX = "SIDA_"
 FILE_KEY = "config"
@@ -185,8 +187,10 @@ class ServingConfig(BaseModel):
             )
         return self.max_context_tokens
 
-    def compute_dtype(self, device: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
+    def compute_dtype(self, device: str, checkpoint_dtype: "torch.dtype") -> "torch.dtype":
         """The type to compute in on "cpu" or "cuda"; most CPUs have no fast 16-bit arithmetic."""
+        import torch  # takes 2 s, which processes that do not compute are spared
+
         if self.dtype == "auto":
             return checkpoint_dtype if device == "cuda" else torch.float32
         dtype = getattr(torch, self.dtype)

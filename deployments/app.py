@@ -13,7 +13,7 @@ from ray.serve import Application, Deployment
 
 from actors.executor.families import check_supported
 from actors.predictor.hash_function import find_hash_function
-from common.architecture import describe_architecture, load_config
+from common.architecture import MoeArchitecture, describe_architecture, load_config
 from common.config import ServingConfig
 from common.errors import ConfigError, ServingError
 from common.expert_layout import ExpertLayout
@@ -23,8 +23,6 @@ from deployments.ingress import Ingress
 from deployments.predictor import PredictorDeployment
 from deployments.table_server import TableServer
 
-# An actor without GPUs still sees them; what does not compute on them must not take memory there.
-_NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
 _UNLOGGED = {"enable_access_log": False}  # executors ask the store every second whether it is still the same
 _CONSTRUCTOR_RETRIES = 3  # a replica that cannot start says why three times, not twenty
 
@@ -38,14 +36,15 @@ def build(args: dict[str, Any]) -> Application:
         click.ClickException: the configuration or the model's folder cannot work; its message is one line.
     """
     try:
-        config = checked_config(args)
+        config, architecture = checked_config(args)
     except ServingError as error:
         raise click.ClickException(str(error)) from error
-    return bind(config)
+    return bind(config, architecture.vocab_size)
 
 
-def checked_config(args: Mapping[str, Any]) -> ServingConfig:
-    """The configuration with `device` decided, once everything that can be known without weights is known to fit.
+def checked_config(args: Mapping[str, Any]) -> tuple[ServingConfig, MoeArchitecture]:
+    """The configuration with `device` and `max_context_tokens` decided, once everything that can be known without
+    weights is known to fit.
 
     Raises:
         ConfigError, CheckpointError, SlotsTooFewError: what does not.
@@ -53,36 +52,39 @@ def checked_config(args: Mapping[str, Any]) -> ServingConfig:
     config = ServingConfig.from_args(args)
     if config.device == "auto":
         config = config.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
-    _check_model(config)
+    architecture = _check_model(config)
     _predicts(config)
-    return config
+    limit = config.context_limit(architecture.max_context_tokens)
+    return config.model_copy(update={"max_context_tokens": limit}), architecture
 
 
-def bind(config: ServingConfig) -> Application:
-    """Wire the deployments. `config.device` is "cpu" or "cuda" here."""
+def bind(config: ServingConfig, vocab_size: int) -> Application:
+    """Wire the deployments of a checked configuration."""
     store = (
-        _on_cpu(ExpertStoreDeployment, num_cpus=0.1)
+        _on_cpu(ExpertStoreDeployment, config, num_cpus=0.1)
         .options(max_ongoing_requests=1000, logging_config=_UNLOGGED)
         .bind(config)
     )
     tables = predictor = None
     if _predicts(config):
-        tables = _on_cpu(TableServer, num_cpus=0.05).options(max_ongoing_requests=1000).bind(config)
+        tables = _on_cpu(TableServer, config, num_cpus=0.05).options(max_ongoing_requests=1000).bind(config)
         predictor = (
-            _on_cpu(PredictorDeployment, num_cpus=0.25).options(max_ongoing_requests=256).bind(config, tables)
+            _on_cpu(PredictorDeployment, config, num_cpus=0.25)
+            .options(max_ongoing_requests=256)
+            .bind(config, tables)
         )
     executor = _executor(config).bind(config, store, tables)
-    ingress = _on_cpu(serve.ingress()(Ingress), num_cpus=0.2).options(
+    ingress = _on_cpu(serve.ingress()(Ingress), config, num_cpus=0.2).options(
         # The executors bound what runs and waits; the ingress lets everything through to them.
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=30,
     )
-    return ingress.bind(config, predictor, executor, store)
+    return ingress.bind(config, vocab_size, predictor, executor, store)
 
 
 def _executor(config: ServingConfig) -> Deployment:
     on_gpu = config.device == "cuda"
-    actor_options = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 0.5, "runtime_env": _NO_GPU}
+    actor_options = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 0.5}
     # An executor queues by itself, so Serve hands it all that it may run or keep waiting. Serve counts a request as
     # queued even while it looks for a replica: its own limit must let a burst through that the executors can hold.
     capacity = config.max_batch_size + config.max_queued_requests
@@ -102,25 +104,29 @@ def _executor(config: ServingConfig) -> Deployment:
     )
 
 
-def _on_cpu(deployment_class: type, num_cpus: float) -> Deployment:
+def _on_cpu(deployment_class: type, config: ServingConfig, num_cpus: float) -> Deployment:
+    actor_options: dict[str, Any] = {"num_cpus": num_cpus}
+    if config.device == "cuda":
+        # An actor without GPUs still sees them; what does not compute on them must not take memory there.
+        actor_options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     return serve.deployment(deployment_class).options(
-        ray_actor_options={"num_cpus": num_cpus, "runtime_env": _NO_GPU},
+        ray_actor_options=actor_options,
         max_constructor_retry_count=_CONSTRUCTOR_RETRIES,
         health_check_period_s=5,
         health_check_timeout_s=30,
     )
 
 
-def _check_model(config: ServingConfig) -> None:
+def _check_model(config: ServingConfig) -> MoeArchitecture:
     model_config = load_config(config.model)
     check_supported(model_config, config.model)
     architecture = describe_architecture(config.model)
-    config.context_limit(architecture.max_context_tokens)
     dtype = config.compute_dtype(config.device, model_config.dtype or torch.float32)
     slot_bytes = ExpertLayout.from_shapes(architecture.expert_shapes, dtype).slab_bytes
     config.expert_slots.slots_per_layer(
         architecture.num_layers, architecture.num_experts, slot_bytes, architecture.top_k
     )
+    return architecture
 
 
 def _predicts(config: ServingConfig) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from common.architecture import describe_architecture
 from common.config import ServingConfig
 from common.generation import GenerationChunk, GenerationRequest
 from common.tokenizer import load_tokenizer
@@ -36,13 +35,18 @@ class Ingress:
     def __init__(
         self,
         config: ServingConfig,
+        vocab_size: int,
         predictor: DeploymentHandle | None,
         executor: DeploymentHandle,
         store: DeploymentHandle,
     ) -> None:
-        architecture = describe_architecture(config.model)
-        limit = config.context_limit(architecture.max_context_tokens)
-        reader = PromptReader(load_tokenizer(config.model), architecture.vocab_size, limit)
+        """
+        Args:
+            config: with `max_context_tokens` decided.
+            predictor: None when nothing predicts.
+        """
+        assert config.max_context_tokens is not None
+        reader = PromptReader(load_tokenizer(config.model), vocab_size, config.max_context_tokens)
         self._api_key = config.api_key
         self.service = CompletionService(
             config.served_name, reader, HandleBackend(predictor, executor, store), config.seed

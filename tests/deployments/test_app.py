@@ -38,15 +38,19 @@ def message(**args: object) -> str:
 
 def test_decides_the_device(folder: Path) -> None:
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    assert checked_config({"model": str(folder)}).device == here
-    assert checked_config({"model": str(folder), "device": "cuda"}).device == "cuda"
+    assert checked_config({"model": str(folder)})[0].device == here
+    assert checked_config({"model": str(folder), "device": "cuda"})[0].device == "cuda"
 
 
 def test_keeps_what_was_asked_for(folder: Path) -> None:
-    config = checked_config({"model": str(folder), "device": "cpu", "expert_slots": "100%"})
-    assert config == ServingConfig.from_args(
-        {"model": str(folder), "device": "cpu", "expert_slots": "100%"}, {}
-    )
+    args = {"model": str(folder), "device": "cpu", "expert_slots": "100%", "max_context_tokens": 64}
+    config, _ = checked_config(args)
+    assert config == ServingConfig.from_args(args, {})
+
+
+def test_decides_the_context_by_the_models_limit(folder: Path) -> None:
+    config, architecture = checked_config({"model": str(folder)})
+    assert config.max_context_tokens == architecture.max_context_tokens == 512
 
 
 def test_names_an_unknown_key() -> None:

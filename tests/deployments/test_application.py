@@ -23,6 +23,7 @@ from tests.tiny_models import make_checkpoint
 pytestmark = pytest.mark.cluster
 
 NUM_TOKENS = 10
+EXACT_APP = "exact"
 DEADLINE_S = 120.0
 
 
@@ -91,33 +92,35 @@ def predicted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_prediction_reaches_the_executor_through_redis(serve_url: str, predicted_folder: Path) -> None:
-    with running(serve_url, "predicting", predicted_folder, model_name="tiny", expert_slots=4) as client:
-        prompt = list(range(3, 120))
+@pytest.fixture(scope="module")
+def exact(serve_url: str, predicted_folder: Path) -> Iterator[httpx.Client]:
+    settings = {"model_name": "tiny", "expert_slots": 4}
+    with running(serve_url, EXACT_APP, predicted_folder, **settings) as client:
+        yield client
 
-        def tables() -> dict[str, int]:
-            counts: dict[str, int] = client.get("/v1/experts").json()["executors"][0]["hash_tables"]
-            return counts
 
-        def one_arrived() -> bool:
-            usage = complete(client, prompt, max_tokens=64)["usage"]["experts"]
-            return usage["predicted"] > 0 and tables()["on_time"] + tables()["late"] > 0
+def test_prediction_reaches_the_executor_through_redis(exact: httpx.Client) -> None:
+    def tables() -> dict[str, int]:
+        counts: dict[str, int] = exact.get("/v1/experts").json()["executors"][0]["hash_tables"]
+        return counts
 
-        wait_until(one_arrived)
-        layers = client.get("/v1/experts").json()["executors"][0]["layers"]
-        assert all(0 < layer["predictor_recall"] < 1 for layer in layers)
-        assert tables()["unusable"] == 0
+    def one_arrived() -> bool:
+        usage = complete(exact, list(range(3, 120)), max_tokens=64)["usage"]["experts"]
+        return usage["predicted"] > 0 and tables()["on_time"] + tables()["late"] > 0
+
+    wait_until(one_arrived)
+    layers = exact.get("/v1/experts").json()["executors"][0]["layers"]
+    assert all(0 < layer["predictor_recall"] < 1 for layer in layers)
+    assert tables()["unusable"] == 0
 
 
 def test_predicted_routing_serves_other_tokens_than_the_routers(
-    serve_url: str, predicted_folder: Path
+    serve_url: str, exact: httpx.Client, predicted_folder: Path
 ) -> None:
-    with running(serve_url, "exact", predicted_folder, model_name="tiny") as client:
-        exact = complete(client, PROMPTS[0])["choices"][0]["text"]
     settings = {"model_name": "tiny", "routing": "predicted"}
     with running(serve_url, "lossy", predicted_folder, **settings) as client:
         predicted = complete(client, PROMPTS[0])
-    assert predicted["choices"][0]["text"] != exact
+    assert predicted["choices"][0]["text"] != complete(exact, PROMPTS[0])["choices"][0]["text"]
     assert predicted["usage"]["experts"]["predicted"] == predicted["usage"]["experts"]["needed"]
 
 
@@ -134,24 +137,22 @@ def process_of(app: str, deployment: str) -> int:
     raise AssertionError(f"no process {title!r}")
 
 
-def test_serving_goes_on_while_a_killed_store_comes_back(serve_url: str, predicted_folder: Path) -> None:
-    with running(serve_url, "storekill", predicted_folder, model_name="tiny", expert_slots=2) as client:
+def test_serving_goes_on_while_a_killed_store_comes_back(exact: httpx.Client) -> None:
+    def answer() -> list[str]:
+        tokens: list[str] = complete(exact, PROMPTS[0])["choices"][0]["logprobs"]["tokens"]
+        return tokens
 
-        def answer() -> list[str]:
-            tokens: list[str] = complete(client, PROMPTS[0])["choices"][0]["logprobs"]["tokens"]
-            return tokens
-
-        before, tokens = generation_of(client), answer()
-        assert len(tokens) == NUM_TOKENS
-        os.kill(process_of("storekill", "ExpertStoreDeployment"), signal.SIGKILL)
-        num_answers = 0
-        end = time.monotonic() + DEADLINE_S
-        while generation_of(client) in (None, before):
-            assert answer() == tokens, "every request is answered, and rightly, while the store is away"
-            num_answers += 1
-            assert time.monotonic() < end, "the store did not come back"
-        assert num_answers > 0
-        assert answer() == tokens
+    before, tokens = generation_of(exact), answer()
+    assert len(tokens) == NUM_TOKENS
+    os.kill(process_of(EXACT_APP, "ExpertStoreDeployment"), signal.SIGKILL)
+    num_answers = 0
+    end = time.monotonic() + DEADLINE_S
+    while generation_of(exact) in (None, before):
+        assert answer() == tokens, "every request is answered, and rightly, while the store is away"
+        num_answers += 1
+        assert time.monotonic() < end, "the store did not come back"
+    assert num_answers > 0
+    assert answer() == tokens
 
 
 def generation_of(client: httpx.Client) -> str | None:

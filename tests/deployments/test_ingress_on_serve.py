@@ -37,14 +37,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(serve_url: str, model_folder: Path) -> Iterator[str]:
-    config = ServingConfig.from_args({"model": str(model_folder), "model_name": "tiny"}, environ={})
+    settings = {"model": str(model_folder), "model_name": "tiny", "max_context_tokens": 512}
+    config = ServingConfig.from_args(settings, environ={})
     ingress = deployment(serve.ingress()(Ingress), max_ongoing_requests=100)
     fakes = [
         deployment(FakePredictor).bind(),
         deployment(FakeExecutor, num_replicas=2, max_ongoing_requests=8, max_queued_requests=16).bind(),
         deployment(FakeStore).bind(),
     ]
-    serve.run(ingress.bind(config, *fakes), name=APP, route_prefix="/ingress_test")
+    serve.run(ingress.bind(config, VOCAB_SIZE, *fakes), name=APP, route_prefix="/ingress_test")
     yield f"{serve_url}/ingress_test"
     serve.delete(APP)
 
