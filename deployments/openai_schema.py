@@ -140,27 +140,22 @@ class Choice(BaseModel):
 
 
 class ExpertFigures(BaseModel):
-    """`common.generation.ExpertUsage` and its two ratios (None where nothing was needed)."""
+    """`common.generation.ExpertUsage`, and the share of the needed experts that lay in a slot already."""
 
     needed: int
     predicted: int
     missed: int
     moved_bytes: int
-    hit_rate: float | None  # share of the needed experts that lay in a slot already
-    recall: float | None  # share of the needed experts that the hash table named
+    hit_rate: float | None  # None where nothing was needed
 
     @classmethod
     def of(cls, usage: ExpertUsage) -> "ExpertFigures":
-        def share(part: int) -> float | None:
-            return round(part / usage.needed, 4) if usage.needed else None
-
         return cls(
             needed=usage.needed,
             predicted=usage.predicted,
             missed=usage.missed,
             moved_bytes=usage.moved_bytes,
-            hit_rate=share(usage.needed - usage.missed),
-            recall=share(usage.predicted),
+            hit_rate=round(1 - usage.missed / usage.needed, 4) if usage.needed else None,
         )
 
 

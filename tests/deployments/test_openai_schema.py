@@ -126,7 +126,7 @@ def test_becomes_sampling_params() -> None:
     assert parse().sampling(default_seed=1).seed == 1
 
 
-def test_expert_figures_give_the_ratios() -> None:
+def test_expert_figures_give_the_hit_rate() -> None:
     figures = ExpertFigures.of(ExpertUsage(needed=10, predicted=8, missed=3, moved_bytes=5))
-    assert (figures.hit_rate, figures.recall) == (0.7, 0.8)
+    assert figures.hit_rate == 0.7
     assert ExpertFigures.of(ExpertUsage()).hit_rate is None
