@@ -273,10 +273,9 @@ class Engine:
     def _account(self, batch: list[Sequence], pass_: Pass) -> None:
         slab_bytes = self._pager.source.layout.slab_bytes
         for index, sequence in enumerate(batch):
-            missed = int(pass_.missed[index])
             sequence.needed += int(pass_.needed[index])
-            sequence.missed += missed
-            sequence.moved_bytes += missed * slab_bytes
+            sequence.missed += int(pass_.missed[index])
+            sequence.moved_bytes += int(pass_.fetched[index]) * slab_bytes
             if pass_.choices is not None:
                 sequence.choices.append(pass_.choices)
 

@@ -41,7 +41,7 @@ class SlotExperts:
         ids = topk_ids.cpu()  # [tokens, top_k]; the one host synchronisation of the layer
         resident = self._pager.resident(self._layer)
         needed: NDArray[np.int64] = np.unique(ids.numpy())
-        running.record(ids.numpy(), needed, resident)
+        running.record(ids.numpy(), needed, resident, self._pager.loading(self._layer))
         if len(needed) <= self._pager.num_slots:
             output = self._single_wave(experts, hidden, ids, topk_weights, needed)
         else:

@@ -83,6 +83,14 @@ class Pager:
         mask: NDArray[np.bool_] = self._slot_of[layer] != ABSENT
         return mask
 
+    def loading(self, layer: int) -> NDArray[np.bool_]:
+        """[experts] bool: which experts of a layer are being copied now."""
+        state = self._layers[layer]
+        mask = np.zeros(self.num_experts, np.bool_)
+        with state.changed:
+            mask[list(state.loading)] = True
+        return mask
+
     def counters(self, layer: int) -> LayerCounters:
         return self._layers[layer].counters
 

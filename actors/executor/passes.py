@@ -36,18 +36,29 @@ class Pass:
     ) -> None:
         self.num_sequences = num_sequences
         self.routing = routing
-        self.needed, self.missed = np.zeros((2, num_sequences), np.int64)  # [sequences] each
+        # [sequences] each. What is not in a slot when its layer begins is missed; of that, what is not on its way
+        # there already is fetched by this pass.
+        self.needed, self.missed, self.fetched = np.zeros((3, num_sequences), np.int64)
         # Per layer [tokens, top_k].
         self.choices: list[NDArray[np.int64]] | None = [] if keep_choices else None
 
-    def record(self, ids: NDArray[np.int64], needed: NDArray[np.int64], resident: NDArray[np.bool_]) -> None:
-        """Account for one layer: ids [tokens, top_k] chosen, needed the distinct ones, resident [experts] before."""
-        if self.num_sequences == 1:
-            self.needed += len(needed)
-            self.missed += int(np.count_nonzero(~resident[needed]))
-        else:
-            self.needed += ids.shape[1]
-            self.missed += np.count_nonzero(~resident[ids], axis=1)
+    def record(
+        self,
+        ids: NDArray[np.int64],
+        needed: NDArray[np.int64],
+        resident: NDArray[np.bool_],
+        loading: NDArray[np.bool_],
+    ) -> None:
+        """Account for one layer before it is computed.
+
+        Args:
+            ids: [tokens, top_k] chosen experts; needed: the distinct ones.
+            resident, loading: [experts].
+        """
+        per_sequence = needed[None] if self.num_sequences == 1 else ids  # [sequences, experts each needs]
+        self.needed += per_sequence.shape[1]
+        self.missed += np.count_nonzero(~resident[per_sequence], axis=1)
+        self.fetched += np.count_nonzero(~(resident | loading)[per_sequence], axis=1)
         if self.choices is not None:
             self.choices.append(ids)
 

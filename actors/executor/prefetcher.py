@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from actors.executor.pager import Pager
 from actors.executor.passes import PassClock
-from common.errors import ServingError
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,11 @@ class Prefetcher:
 
     def _run(self) -> None:
         while (plan := self._plans.get()) is not None and not self._stopped.is_set():
-            for layer, expert_ids in enumerate(plan.experts_by_layer):
-                self._prefetch_layer(plan, layer, expert_ids)
+            try:
+                for layer, expert_ids in enumerate(plan.experts_by_layer):
+                    self._prefetch_layer(plan, layer, expert_ids)
+            except Exception:  # whatever went wrong, the pass meets it again on demand, where it is answered
+                logger.warning("A prefetch was given up, its experts are fetched on demand", exc_info=True)
 
     def _prefetch_layer(self, plan: PrefetchPlan, layer: int, expert_ids: Sequence[int]) -> None:
         if not self._clock.wait_for_turn(plan.pass_number, layer, self._stopped):
@@ -81,14 +83,5 @@ class Prefetcher:
         for expert_id in expert_ids:
             if self._clock.is_over(plan.pass_number, layer):
                 return
-            try:
-                if self._pager.prefetch(layer, expert_id, keep):
-                    plan.on_copied(self._pager.source.layout.slab_bytes)
-            except ServingError as error:
-                logger.warning(
-                    "prefetch of expert %d of layer %d failed, it will be fetched on demand: %s",
-                    expert_id,
-                    layer,
-                    error,
-                )
-                return
+            if self._pager.prefetch(layer, expert_id, keep):
+                plan.on_copied(self._pager.source.layout.slab_bytes)

@@ -31,7 +31,7 @@ class ChunkSink(Protocol):
         """The request cannot be finished; the last call."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """State of one request."""
 

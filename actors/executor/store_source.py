@@ -61,10 +61,10 @@ class StoreExpertSource:
                 return view
             try:
                 return _as_tensor(ray.get(directory.refs[layer, expert_id], timeout=FETCH_TIMEOUT_S))
-            except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as error:
+            except ray.exceptions.RayError as error:
                 if time.monotonic() > deadline:
                     raise ExpertsUnavailableError(layer, expert_id, FETCH_TIMEOUT_S) from error
-                time.sleep(_RETRY_S)  # the store's owner died; `adopt` will bring its successor's objects
+                time.sleep(_RETRY_S)  # the store died; `adopt` will bring its successor's objects
 
 
 def _as_tensor(array: NDArray[np.uint8]) -> Tensor:
