@@ -10,7 +10,6 @@ rate of a plain copy into a slot. Not measured: HTTP, Ray, the hash function (ex
 
 import argparse
 import json
-import platform
 import queue
 import statistics
 import time
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.executor.build import build_engine
 from actors.executor.engine import Engine
 from actors.executor.expert_source import CheckpointExpertSource
+from benchmarks.conditions import conditions
 from common.checkpoint import Checkpoint
 from common.config import REFERENCE_MODEL, ServingConfig
 from common.generation import GenerationChunk, GenerationRequest, SamplingParams
@@ -82,7 +81,12 @@ def main() -> None:
             row = measure_engine(engine, prompts[:batch], expected[batch], arguments)
             results.append(report({"what": "engine", "slots": slots, "batch": batch, **row}))
         engine.stop()
-    summary = {"benchmark": "engine", "conditions": conditions(arguments, checkpoint), "results": results}
+    summary = {
+        "benchmark": "engine",
+        "conditions": conditions(**vars(arguments)),
+        "copy_gb_per_s": round(copy_rate(checkpoint), 2),
+        "results": results,
+    }
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
@@ -200,19 +204,6 @@ def rates(
 def report(row: dict[str, Any]) -> dict[str, Any]:
     print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row
-
-
-def conditions(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name()
-        if arguments.device == "cuda"
-        else platform.processor() or "cpu",
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "copy_gb_per_s": round(copy_rate(checkpoint), 2),
-        **{key: str(value) for key, value in vars(arguments).items() if key not in ("out", "model", "text")},
-    }
 
 
 def copy_rate(checkpoint: Checkpoint) -> float:

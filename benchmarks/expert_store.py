@@ -11,9 +11,7 @@ apart. Not measured: several nodes, a cold disk, a GPU.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +24,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.expert_store.directory import ExpertDirectory
 from actors.expert_store.store import TASKS_PER_NODE, ExpertStore
+from benchmarks.conditions import conditions
 from common.checkpoint import Checkpoint
 
 SEED = 0
@@ -115,15 +113,8 @@ def measure(checkpoint: Checkpoint, folder: Path, runs: int) -> dict[str, Any]:
         "repeated_view_in_batches_of_8_us": summary(ray.get(receiver.view_times_us.remote(8))),
         "runs": runs,
         "seed": SEED,
-        "cpus": int(ray.cluster_resources()["CPU"]),
-        "versions": {
-            "python": platform.python_version(),
-            "ray": ray.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": commit(),
-        "processor": platform.processor() or platform.machine(),
+        "ray": ray.__version__,
+        "conditions": conditions(),
     }
 
 
@@ -184,11 +175,6 @@ def elapsed(action: Callable[[], object]) -> float:
 
 def timed(action: Callable[[], object], runs: int) -> dict[str, float]:
     return summary([elapsed(action) for _ in range(runs)])
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -9,7 +9,6 @@ token, at this machine's rate for exactly that. Not measured: tokenizing, the ta
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from actors.predictor.hash_function import HashFunctionState, load_hash_function, step_together
 from actors.predictor.network import HashFunction, HashFunctionSpec, WeightRule
 from actors.predictor.predictor import HashFunctionPredictor
+from benchmarks.conditions import conditions
 from common.config import REFERENCE_MODEL
 
 TOKENS = 512
@@ -123,10 +123,7 @@ def main() -> None:
         "benchmark": "hash_function",
         "results": results,
         "recurrence_ms": limit_ms,
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "conditions": conditions(**vars(arguments)),
     }
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
