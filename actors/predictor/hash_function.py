@@ -51,11 +51,10 @@ class HashFunctionState:
         Raises:
             VocabularyError: an id lies outside the model's vocabulary.
         """
-        outputs, self.lstm = self.function.read(
-            checked(token_ids, self.function.spec).unsqueeze(0), self.lstm
-        )
+        inputs = checked(token_ids, self.function.spec).unsqueeze(0)  # [1, tokens]
+        outputs, self.lstm = self.function.read(inputs, self.lstm)
         history = self.remember(outputs[0])
-        ids, weights = self.function.route(self.function.logits(outputs, history.unsqueeze(0))[0])
+        ids, weights = self.function.route(self.function.logits(inputs, outputs, history.unsqueeze(0))[0])
         return to_table(self.function.spec, ids, weights)
 
     def step(self, token_id: int) -> StepPrediction:
@@ -97,7 +96,8 @@ def step_together(states: Sequence[HashFunctionState], token_ids: Sequence[int])
             after[1][:, number : number + 1].contiguous(),
         )
         history = state.remember(outputs[number])
-        logits.append(function.logits(outputs[number : number + 1], history.unsqueeze(0))[0, 0])
+        row = slice(number, number + 1)
+        logits.append(function.logits(inputs[row], outputs[row], history.unsqueeze(0))[0, 0])
     ids, weights = function.route(torch.stack(logits))  # [sequences, layers, top_k]
     return list(zip(ids.numpy().astype(np.uint16), weights.numpy().astype(np.float16), strict=True))
 

@@ -45,6 +45,9 @@ class HashFunctionSpec:
     hidden_size: int = 256
     lstm_layers: int = 2
     version: str = "1"
+    # Not in the paper: the heads also read the compressed embedding. Routers near the embeddings mostly follow the token
+    # itself, of which the LSTM's outputs keep too little.
+    token_residual: bool = False
 
 
 class HashFunction(nn.Module):
@@ -68,7 +71,8 @@ class HashFunction(nn.Module):
         self.register_buffer("compressed", None, persistent=False)
         self.compress = nn.Linear(spec.embedding_size, spec.compressed_size)
         self.lstm = nn.LSTM(spec.compressed_size, spec.hidden_size, spec.lstm_layers, batch_first=True)
-        self.heads = nn.Linear(spec.hidden_size, spec.num_layers * spec.num_experts)
+        heads_size = spec.hidden_size + (spec.compressed_size if spec.token_residual else 0)
+        self.heads = nn.Linear(heads_size, spec.num_layers * spec.num_experts)
 
     @torch.no_grad()
     def scale_compression(self) -> None:
@@ -86,28 +90,32 @@ class HashFunction(nn.Module):
             [sequences, tokens, layers, experts] logits.
         """
         outputs, _ = self.read(token_ids, None)
-        return self.logits(outputs, outputs)
+        return self.logits(token_ids, outputs, outputs)
 
     def read(self, token_ids: Tensor, state: LstmState | None) -> tuple[Tensor, LstmState]:
         """LSTM outputs [sequences, tokens, hidden] of tokens that follow `state`, and the state after them."""
-        if self.compressed is not None:
-            inputs = functional.embedding(token_ids, self.compressed)
-        else:
-            inputs = self.compress(
-                functional.embedding(token_ids, self.embedding).to(self.compress.weight.dtype)
-            )
-        outputs, state = self.lstm(inputs, state)
+        outputs, state = self.lstm(self._compress(token_ids), state)
         return outputs, state
 
-    def logits(self, queries: Tensor, history: Tensor) -> Tensor:
+    def _compress(self, token_ids: Tensor) -> Tensor:
+        if self.compressed is not None:
+            return functional.embedding(token_ids, self.compressed)
+        embedded = functional.embedding(token_ids, self.embedding)
+        compressed: Tensor = self.compress(embedded.to(self.compress.weight.dtype))
+        return compressed
+
+    def logits(self, token_ids: Tensor, queries: Tensor, history: Tensor) -> Tensor:
         """
         Args:
+            token_ids: [sequences, tokens], those to predict for.
             queries: [sequences, tokens, hidden], the LSTM outputs to predict from: the last ones of the history.
             history: [sequences, all tokens so far, hidden].
         Returns:
             [sequences, tokens, layers, experts].
         """
         attended = queries + causal_attention(queries, history)
+        if self.spec.token_residual:
+            attended = torch.cat([attended, self._compress(token_ids)], dim=-1)
         logits: Tensor = self.heads(attended)  # [sequences, tokens, layers * experts]
         return logits.view(*logits.shape[:2], self.spec.num_layers, self.spec.num_experts)
 

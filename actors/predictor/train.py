@@ -57,6 +57,9 @@ class TrainArguments(Arguments):
     patience: int = Field(10, ge=1, description="evaluations without progress before it stops")
     compressed_size: int = Field(256, ge=1, description="of a token's embedding")
     hidden_size: int = Field(256, ge=1, description="of the LSTM")
+    token_residual: bool = Field(
+        False, description="let the heads read the token's embedding too, not in the paper"
+    )
     seed: int = Field(0, ge=0, description="of weights and order")
 
     def options(self) -> TrainingOptions:
@@ -163,6 +166,7 @@ def _spec(data: TrainingData, arguments: TrainArguments) -> HashFunctionSpec:
         weight_rule=header.weight_rule,
         compressed_size=arguments.compressed_size,
         hidden_size=arguments.hidden_size,
+        token_residual=arguments.token_residual,
     )
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalL
 
 from models.reference.choose import last_loss
 from models.reference.corpus import END_OF_TEXT, FOLDER, HELD_OUT, VALIDATION
+from models.reference.hash_function_card import hash_function_values
 
 PROMPTS = (
     "def fibonacci(n):",
@@ -156,6 +157,7 @@ def write_card(
     values = {
         **settings,
         **environment,
+        **hash_function_values(folder / "hash_function"),
         "parameters": f"{num_params / 1e6:.1f} M",
         "train_tokens": f"{training['train_tokens']:,}",
         "tokens_seen": f"{training['tokens_seen']:,}",

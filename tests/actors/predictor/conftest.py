@@ -11,7 +11,7 @@ from common.checkpoint import Checkpoint
 from tests.tiny_models import make_checkpoint
 
 
-def make_function(model: Path, seed: int = 0) -> HashFunction:
+def make_function(model: Path, seed: int = 0, token_residual: bool = False) -> HashFunction:
     """A random hash function for a checkpoint, with weights large enough that context matters."""
     checkpoint = Checkpoint.open(model)
     key = find_embedding_key(model)
@@ -27,6 +27,7 @@ def make_function(model: Path, seed: int = 0) -> HashFunction:
         weight_rule=WeightRule(sum=1.0),
         compressed_size=24,
         hidden_size=32,
+        token_residual=token_residual,
     )
     torch.manual_seed(seed)
     function = HashFunction(spec, embedding)
@@ -41,6 +42,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
 
 
-@pytest.fixture
-def function(model_folder: Path) -> HashFunction:
-    return make_function(model_folder)
+@pytest.fixture(params=[False, True], ids=["paper", "token_residual"])
+def function(model_folder: Path, request: pytest.FixtureRequest) -> HashFunction:
+    return make_function(model_folder, token_residual=request.param)

@@ -23,6 +23,7 @@ from actors.predictor.predictor import HashFunctionPredictor
 from actors.predictor.sparsemax import sparsemax
 from common.errors import CheckpointError, ConfigError, VocabularyError
 from common.hash_table import HashTable
+from tests.actors.predictor.conftest import make_function
 from tests.tiny_models import NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint
 
 
@@ -139,6 +140,31 @@ def test_what_is_saved_is_loaded_without_the_embeddings(
     assert (tmp_path / WEIGHTS_FILE).stat().st_size < own_bytes + 4000
     tokens = torch.tensor([prompt(40)])
     torch.testing.assert_close(loaded(tokens), function.half().float()(tokens), rtol=0, atol=2e-3)
+
+
+def test_a_folder_without_newer_options_has_the_papers_form(
+    model_folder: Path, function: HashFunction, tmp_path: Path
+) -> None:
+    save_hash_function(function, tmp_path)
+    fields = json.loads((tmp_path / SPEC_FILE).read_text())
+    del fields["token_residual"]
+    (tmp_path / SPEC_FILE).write_text(json.dumps(fields))
+    if function.spec.token_residual:  # its heads are wider than the paper's
+        with pytest.raises(CheckpointError, match="heads"):
+            load_hash_function(tmp_path, model_folder)
+    else:
+        assert load_hash_function(tmp_path, model_folder).spec == function.spec
+
+
+def test_the_token_residual_lets_the_token_through_whatever_the_context(model_folder: Path) -> None:
+    functions = [make_function(model_folder, token_residual=residual) for residual in (False, True)]
+    for function in functions:  # nothing but the token is left: the LSTM's outputs count for nothing
+        function.heads.weight[:, : function.spec.hidden_size] = 0
+    prompts = torch.tensor([[1, 2, 5], [3, 4, 5], [3, 4, 6]])
+    without, with_residual = (function(prompts)[:, -1] for function in functions)
+    torch.testing.assert_close(without[0], without[2])
+    torch.testing.assert_close(with_residual[0], with_residual[1])
+    assert not torch.allclose(with_residual[0], with_residual[2], atol=1e-3)
 
 
 def test_another_models_hash_function_is_refused(

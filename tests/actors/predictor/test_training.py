@@ -138,6 +138,7 @@ def test_the_loss_is_that_of_the_paper() -> None:
 def test_the_paper_recipe_is_the_papers() -> None:
     paper = RECIPES["paper"]
     assert (paper.learning_rate, paper.batch_size, paper.ce_weight, paper.cosine) == (5e-5, 64, 0.005, False)
+    assert not TrainArguments.model_fields["token_residual"].default
 
 
 @pytest.fixture
@@ -267,7 +268,13 @@ def test_the_commands_run_from_the_command_line(
     common = [f"model={model}", "device=cpu", "window_tokens=20"]
     monkeypatch.setattr("sys.argv", ["trace", *common, f"text={text}#held_out", f"out={tmp_path}/traces"])
     trace.main()
-    small = ["steps=2", "compressed_size=8", "hidden_size=8", "recipe=paper"]
+    small = [
+        "steps=2",
+        "token_residual=true",
+        "compressed_size=8",
+        "hidden_size=8",
+        "recipe=paper",
+    ]
     monkeypatch.setattr("sys.argv", ["train", *common, *small, f"traces={tmp_path}/traces"])
     train_command.main()
     result = tmp_path / "result.json"
