@@ -41,7 +41,7 @@ class ExecutorDeployment:
         directory = await store.directory.remote()
         node_id = ray.get_runtime_context().get_node_id()
         self._source = await asyncio.to_thread(StoreExpertSource, directory, node_id)
-        self._engine = await asyncio.to_thread(build_engine, config, self._source)
+        self._engine = await asyncio.to_thread(build_engine, config, self._source, logger)
         self._engine.start()
         self._bus = connect_bus(config, table_server) if table_server is not None else None
         self._tasks: set[asyncio.Task[None]] = set()

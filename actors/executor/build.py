@@ -22,12 +22,12 @@ from common.config import ServingConfig
 from common.errors import ConfigError
 from common.tokenizer import load_tokenizer
 
-logger = logging.getLogger(__name__)
 
-
-def build_engine(config: ServingConfig, source: ExpertSource) -> Engine:
+def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Logger | None = None) -> Engine:
     """An engine that has run one pass and waits to be started.
 
+    Args:
+        logger: gets one line about what was built.
     Raises:
         CheckpointError, UnsupportedModelError: the model cannot be loaded or driven.
         ConfigError, SlotsTooFewError: the settings do not fit the model.
@@ -49,7 +49,7 @@ def build_engine(config: ServingConfig, source: ExpertSource) -> Engine:
     )
     # Allocates the KV cache, and fails here rather than for a user.
     runner.run([RowInput(0, 0, (0,))], Pass(1))
-    logger.info(
+    (logger or logging.getLogger(__name__)).info(
         "Executor ready in %.1f s: %s on %s in %s, %d of %d experts per layer in slots (%.2f GB), KV cache %.2f GB",
         time.perf_counter() - started, config.served_name, device, dtype, num_slots, architecture.num_experts,
         num_slots * architecture.num_layers * slot_bytes / 1e9, runner.cache.num_bytes() / 1e9,
