@@ -1,9 +1,10 @@
 """`python -m deployments`: `serve run --name sida deployments.app:build`, on an HTTP address of one's choice.
 
-`serve run` itself always takes port 8000. Ends with Ctrl-C.
+`serve run` itself always takes port 8000. Ends with Ctrl-C or SIGTERM.
 """
 
 import argparse
+import signal
 
 import click
 import ray
@@ -19,6 +20,8 @@ def main() -> None:
     except click.ClickException as error:
         raise SystemExit(f"Error: {error.message}") from error
     ray.init(namespace="serve", include_dashboard=False, log_to_driver=True)
+    # After ray.init, whose own handler ends the process without shutting the application down.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     try:
         serve.run(app, name="sida", blocking=True)
