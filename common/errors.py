@@ -6,6 +6,7 @@ ServingError                       500
 │  └─ UnsupportedModelError        (start-up) an architecture this version cannot serve
 ├─ CapacityError                   (start-up) the experts do not fit in the host memory on offer
 ├─ SlotsTooFewError                (start-up) a layer has fewer slots than one token needs
+├─ HostRegistrationError           the GPU cannot read host memory in place; experts are staged
 ├─ NonFiniteLogitsError            500  the model computed NaN for a request
 ├─ HashTableError                  a hash table cannot be used; the request runs on demand
 ├─ TableBusError                   retryable  the table bus does not answer; the request runs on demand
@@ -87,6 +88,21 @@ class SlotsTooFewError(ServingError):
         return (
             f"{self.slots} expert slots per layer are too few: one token needs {self.top_k} experts at once; "
             f"set expert_slots to {self.top_k} or more"
+        )
+
+
+class HostRegistrationError(ServingError):
+    code = "host_registration_failed"
+
+    def __init__(self, num_bytes: int, cuda_error: str) -> None:
+        super().__init__(num_bytes, cuda_error)
+        self.num_bytes, self.cuda_error = num_bytes, cuda_error
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_bytes / 1e9:.2f} GB of host memory cannot be registered for the GPU: "
+            f"{self.cuda_error}; experts are copied through pinned buffers instead, which is slower; to avoid it "
+            "raise the container's memory and locked-memory limits (docker run --ulimit memlock=-1)"
         )
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 import warnings
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import ray
@@ -21,6 +22,9 @@ class StoreExpertSource:
     """Zero-copy views of the store's objects on this node; objects of other nodes are fetched when needed.
 
     Views stay valid when the store dies: passes go on with them until `adopt` brings the reloaded store's directory.
+
+    Attributes:
+        on_adopted: as `ExpertSource` has it; called on the thread of `adopt`.
     """
 
     def __init__(self, directory: ExpertDirectory, node_id: str) -> None:
@@ -29,7 +33,8 @@ class StoreExpertSource:
         self._node_id = node_id
         self._lock = threading.Lock()
         self._directory = directory
-        self._views: dict[tuple[int, int], Tensor] = {}
+        self._views: Mapping[tuple[int, int], Tensor] = {}  # replaced, never changed
+        self.on_adopted: Callable[[], None] | None = None
         self.adopt(directory)
 
     @property
@@ -37,7 +42,9 @@ class StoreExpertSource:
         return self._directory.generation
 
     def adopt(self, directory: ExpertDirectory) -> None:
-        """Resolve a new directory's local objects, then drop the old views. Blocks; call it off the engine's thread.
+        """Resolve a new directory's local objects and make them current, then drop the old views.
+
+        Blocks; call it off the engine's thread.
 
         Raises:
             ValueError: the directory is of another model; a running executor cannot change its weights.
@@ -51,6 +58,12 @@ class StoreExpertSource:
         views = {key: _as_tensor(array) for key, array in zip(local, arrays, strict=True)}
         with self._lock:
             self._directory, self._views = directory, views
+        if self.on_adopted is not None:
+            self.on_adopted()
+
+    def local_slabs(self) -> Mapping[tuple[int, int], Tensor]:
+        with self._lock:
+            return self._views
 
     def fetch(self, layer: int, expert_id: int) -> Tensor:
         deadline = time.monotonic() + FETCH_TIMEOUT_S
