@@ -92,8 +92,10 @@ class ServingConfig(BaseModel):
     prefetch: bool = _option(
         True, "true or false", "Load predicted experts before the forward pass asks for them."
     )
-    eviction: Literal["lru", "fifo"] = _option(
-        "lru", "lru or fifo", "Which expert leaves its slot: the least recently used, or the oldest."
+    eviction: Literal["lfu", "lru", "fifo"] = _option(
+        "lfu",
+        "lfu, lru or fifo",
+        "Which expert leaves its slot: the least often used of late, the least recently used, or the oldest.",
     )
     hash_function: Annotated[str, BeforeValidator(_absolute_or_auto)] = _option(
         "auto",
@@ -119,6 +121,12 @@ class ServingConfig(BaseModel):
     )
     prefill_chunk_tokens: int = _at_least(
         512, 1, 65_536, "Prompt tokens per forward pass; smaller chunks delay running requests less."
+    )
+    max_stall_ms: int = _at_least(
+        50,
+        1,
+        60_000,
+        "How long a prompt may hold up running streams before they get a step between two layers.",
     )
     min_executors: int = _at_least(1, 1, 1024, "Executors that always run.")
     max_executors: int = _at_least(1, 1, 1024, "Executors under load; Serve scales between the two.")

@@ -5,6 +5,7 @@
 
 import argparse
 import signal
+from typing import Any
 
 import click
 import ray
@@ -19,7 +20,7 @@ def main() -> None:
         app = build(dict(_pair(text) for text in arguments.settings))
     except click.ClickException as error:
         raise SystemExit(f"Error: {error.message}") from error
-    ray.init(namespace="serve", include_dashboard=False, log_to_driver=True)
+    _start_ray(arguments.object_store_gb)
     # After ray.init, whose own handler ends the process without shutting the application down.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
@@ -31,12 +32,28 @@ def main() -> None:
         serve.shutdown()
 
 
+def _start_ray(object_store_gb: float | None) -> None:
+    """Join a Ray that runs already, or start one; always start one where the size of its object store is given."""
+    options: dict[str, Any] = {}
+    if object_store_gb is not None:
+        options = {"address": "local", "object_store_memory": int(object_store_gb * 1e9)}
+    try:
+        ray.init(namespace="serve", include_dashboard=False, log_to_driver=True, **options)
+    except ValueError as error:  # of the size: more than this machine has, or less than Ray needs
+        raise SystemExit(f"Error: {error}") from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deployments", description="Serve a model on this machine."
     )
     parser.add_argument("--host", default="127.0.0.1", help="HTTP address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="HTTP port to listen on (%(default)s)")
+    parser.add_argument(
+        "--object-store-gb",
+        type=float,
+        help="start a Ray whose shared memory has this size, 10^9 bytes; experts may fill 80 %% of it (default: 30 %% of RAM)",
+    )
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="keys of the configuration, see README.md"
     )

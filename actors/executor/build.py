@@ -2,24 +2,30 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from actors.executor.decoder import Decoder, HostDecoder
 from actors.executor.engine import Engine, EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import ExpertSource
-from actors.executor.model_loader import load_slot_model
+from actors.executor.host_pager import HostPager
+from actors.executor.model_loader import SlotModel, attach_slots, load_dense_model
+from actors.executor.pager import Pager
 from actors.executor.passes import Pass
 from actors.executor.predicted_routing import PredictedRouting
-from actors.executor.prefetcher import Prefetcher
+from actors.executor.prefetcher import Prefetcher, QueueingPrefetcher, ThreadedPrefetcher
 from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.slots import SlotPool
 from actors.predictor.hash_function import find_hash_function, load_hash_function
 from common.architecture import describe_architecture
 from common.config import ServingConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, HostRegistrationError
 from common.tokenizer import load_tokenizer
 
 
@@ -33,37 +39,123 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
         ConfigError, SlotsTooFewError: the settings do not fit the model.
     """
     started = time.perf_counter()
+    logger = logger or logging.getLogger(__name__)
     architecture = describe_architecture(config.model)
     device = torch.device(_resolve_device(config.device))
     dtype = config.compute_dtype(device.type, source.layout.dtype)
-    slot_bytes = source.layout.with_dtype(dtype).slab_bytes
+    layout = source.layout.with_dtype(dtype)
     num_slots = config.expert_slots.slots_per_layer(
-        architecture.num_layers, architecture.num_experts, slot_bytes, architecture.top_k
+        architecture.num_layers, architecture.num_experts, layout.slab_bytes, architecture.top_k
     )
-    slot_model = load_slot_model(
-        config.model, source, num_slots, dtype, device, EVICTION_POLICIES[config.eviction]
+    model = load_dense_model(config.model, dtype, device)
+    slot_model = attach_slots(model, layout, num_slots, partial(new_pager, config, source, device))
+    routing = _predicted_routing(config) if config.routing == "predicted" else None
+    limits = EngineLimits(
+        config.max_batch_size,
+        config.prefill_chunk_tokens,
+        config.max_queued_requests,
+        config.max_stall_ms / 1e3,
     )
-    limits = EngineLimits(config.max_batch_size, config.prefill_chunk_tokens, config.max_queued_requests)
-    runner = ModelRunner(
-        slot_model, limits.max_batch_size, config.context_limit(architecture.max_context_tokens)
-    )
+    max_tokens = config.context_limit(architecture.max_context_tokens)
+    runner = ModelRunner(slot_model, limits.max_batch_size + 1, max_tokens)
     # Allocates the KV cache, and fails here rather than for a user.
     runner.run([RowInput(0, 0, (0,))], Pass(1))
-    (logger or logging.getLogger(__name__)).info(
+    decoder = new_decoder(
+        slot_model, runner, limits.max_batch_size, architecture.top_k, routing, config.prefetch, logger
+    )
+    logger.info(
         "Executor ready in %.1f s: %s on %s in %s, %d of %d experts per layer in slots (%.2f GB), KV cache %.2f GB",
         time.perf_counter() - started, config.served_name, device, dtype, num_slots, architecture.num_experts,
-        num_slots * architecture.num_layers * slot_bytes / 1e9, runner.cache.num_bytes() / 1e9,
+        num_slots * architecture.num_layers * layout.slab_bytes / 1e9, runner.cache.num_bytes() / 1e9,
     )  # fmt: skip
     return Engine(
         runner,
+        decoder,
         slot_model.pager,
         slot_model.clock,
         limits,
         tokenizer=_fast_tokenizer(config.model),
         eos_ids=eos_ids(slot_model.model),
-        prefetcher=Prefetcher(slot_model.pager, slot_model.clock) if config.prefetch else None,
-        predicted_routing=_predicted_routing(config) if config.routing == "predicted" else None,
+        prefetcher=new_prefetcher(slot_model) if config.prefetch else None,
+        predicted_routing=routing,
     )
+
+
+def new_pager(
+    config: ServingConfig,
+    source: ExpertSource,
+    device: torch.device,
+    pools: Sequence[SlotPool],
+    num_experts: int,
+) -> Pager:
+    """A device pager where the device reads the source's memory, else one that the host drives."""
+    if device.type == "cuda":
+        try:
+            return new_device_pager(source, pools, num_experts, config.eviction)
+        except (HostRegistrationError, ValueError) as error:
+            logging.getLogger(__name__).warning(
+                "The host drives paging, without CUDA graphs and several times slower: %s", error
+            )
+    return HostPager(source, pools, num_experts, EVICTION_POLICIES[config.eviction], device)
+
+
+def new_device_pager(
+    source: ExpertSource, pools: Sequence[SlotPool], num_experts: int, eviction: str
+) -> Pager:
+    """
+    Raises:
+        HostRegistrationError, ValueError: as `HostExperts`.
+    """
+    # Here, because Triton is installed with CUDA builds of torch only.
+    from actors.executor.gpu.host_experts import HostExperts
+    from actors.executor.gpu.pager import DevicePager
+
+    experts = HostExperts(source, len(pools), num_experts, pools[0].elements.device)
+    pager = DevicePager(source, pools, num_experts, experts, eviction)
+    if pager.holds_all:
+        pager.load_all()
+    return pager
+
+
+def new_decoder(
+    slot_model: SlotModel,
+    runner: ModelRunner,
+    num_rows: int,
+    top_k: int,
+    routing: PredictedRouting | None = None,
+    prefetch: bool = True,
+    logger: logging.Logger | None = None,
+) -> Decoder:
+    """Captured graphs where the device pages by itself. Routing by tables needs the host at every step.
+
+    Args:
+        runner: has run a pass, so that its cache is allocated.
+    """
+    if isinstance(slot_model.pager, HostPager) or routing is not None:
+        return HostDecoder(runner, routing)
+    from actors.executor.gpu.fused_step import FusedStep, fuses
+    from actors.executor.gpu.graph_decoder import GraphDecoder, NotCapturableError
+    from actors.executor.gpu.library_step import LibraryStep
+    from actors.executor.gpu.pager import DevicePager
+
+    assert isinstance(slot_model.pager, DevicePager)
+    model, cache, clock = slot_model.model, runner.cache, slot_model.clock
+    step = FusedStep(model, cache, clock) if fuses(model) else LibraryStep(model, cache)
+    decoder = GraphDecoder(
+        step, slot_model.pager, clock, num_rows, runner.max_tokens, top_k, model.device, prefetch
+    )
+    logger = logger or logging.getLogger(__name__)
+    try:
+        decoder.capture(logger)
+    except NotCapturableError as error:
+        logger.warning("The host drives decoding, without CUDA graphs and several times slower: %s", error)
+        return HostDecoder(runner)
+    return decoder
+
+
+def new_prefetcher(slot_model: SlotModel) -> Prefetcher:
+    blocks = isinstance(slot_model.pager, HostPager)
+    return (ThreadedPrefetcher if blocks else QueueingPrefetcher)(slot_model.pager, slot_model.clock)
 
 
 def _predicted_routing(config: ServingConfig) -> PredictedRouting:

@@ -1,24 +1,27 @@
 """The generation loop: admits sequences to cache rows, runs prompt chunks and decode batches, hands out tokens.
 
 One thread owns the model. `submit`, `cancel` and `attach_table` may be called from any thread and never block on it.
+Where the decoder runs ahead, the host hands out the tokens of one decode step while the device computes the next; a
+sequence that turns out to have ended takes part in one step too many, whose token is dropped.
 """
 
 import logging
 import threading
+import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch import Tensor
 
+from actors.executor.decoder import Decoder, Drawn, PendingStep
 from actors.executor.pager import Pager
 from actors.executor.passes import Pass, PassClock
 from actors.executor.predicted_routing import PredictedRouting
 from actors.executor.prefetcher import Prefetcher, plan_prefetch
 from actors.executor.report import EngineReport, LayerReport
 from actors.executor.runner import ModelRunner, RowInput
-from actors.executor.sampler import sample
 from actors.executor.sequence import ChunkSink, PromptChunk, Sequence
 from common.errors import EngineStoppedError, HashTableError, NonFiniteLogitsError, QueueFullError
 from common.generation import GenerationRequest
@@ -34,12 +37,14 @@ class EngineLimits:
     max_batch_size: int  # sequences in the KV cache
     prefill_chunk_tokens: int  # prompt tokens per step, so that running streams do not stall
     max_queued_requests: int  # waiting for a row
+    max_stall_s: float = 0.05  # that a prompt may hold up running streams, as far as its layers can be parted
 
 
 class Engine:
     """Continuous batching over one model: sequences join and leave at every step.
 
     Args:
+        runner: computes prompts; `decoder` generates from them.
         tokenizer: None for a model without one; texts are empty then.
         eos_ids: tokens that end a sequence.
         prefetcher: None to fetch on demand only.
@@ -49,6 +54,7 @@ class Engine:
     def __init__(
         self,
         runner: ModelRunner,
+        decoder: Decoder,
         pager: Pager,
         clock: PassClock,
         limits: EngineLimits,
@@ -57,7 +63,7 @@ class Engine:
         prefetcher: Prefetcher | None = None,
         predicted_routing: PredictedRouting | None = None,
     ) -> None:
-        self._runner, self._pager, self._clock = runner, pager, clock
+        self._runner, self._decoder, self._pager, self._clock = runner, decoder, pager, clock
         self._limits, self._tokenizer, self._eos_ids = limits, tokenizer, eos_ids
         self._prefetcher, self._routing = prefetcher, predicted_routing
         self._changed = threading.Condition()  # guards the next four, and each sequence's table
@@ -69,6 +75,8 @@ class Engine:
         self._free_rows = list(range(limits.max_batch_size))
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
+        self._pending: tuple[list[Sequence], PendingStep] | None = None  # launched, result not taken
+        self._decoded_at_s = 0.0
         self._tables: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._named, self._chosen = np.zeros((2, clock.num_layers), np.int64)  # predictor recall, [layers]
@@ -88,6 +96,7 @@ class Engine:
             self._thread.join()
         if self._prefetcher is not None:
             self._prefetcher.stop()
+        self._pager.close()
 
     def check_health(self) -> None:
         """
@@ -160,6 +169,7 @@ class Engine:
             recall = float(self._named[layer] / self._chosen[layer]) if self._chosen[layer] else None
             layers.append(LayerReport.of(layer, resident, self._pager.counters(layer), recall))
         return EngineReport(
+            paging="device" if self._decoder.runs_ahead else "host",
             slots_per_layer=self._pager.num_slots,
             num_experts=self._pager.num_experts,
             layers=tuple(layers),
@@ -187,6 +197,9 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         """Returns: False when the engine is to stop."""
+        if not self._has_sequences():
+            self._finish_pending()
+            self._decoder.idle()
         with self._changed:
             self._changed.wait_for(lambda: self._stop_reason or self._cancelled or self._has_sequences())
             return self._stop_reason is None
@@ -226,73 +239,116 @@ class Engine:
 
     def _run_prompt_chunk(self, chunk: PromptChunk) -> None:
         sequence = chunk.sequence
+        self._finish_pending()  # the pass waits for it anyway
+        if sequence.is_retired:
+            return
         try:
             routing = self._routing.of_prompt(chunk) if self._routing else None
-            pass_ = Pass(1, routing, keep_choices=routing is None)
+            pass_ = Pass(1, routing, keep_choices=routing is None, after_layer=self._after_prompt_layer)
             with self._changed:
                 self._prompt_under_way = chunk
                 self._plan(chunk, pass_number=self._clock.passes_begun)
                 if not self._decoding:
                     self._plan(chunk.next(self._limits.prefill_chunk_tokens), self._clock.passes_begun + 1)
             logits = self._runner.run([RowInput(sequence.row, chunk.start, chunk.token_ids)], pass_)
+            drawn = (
+                self._decoder.first(sequence, logits) if chunk.stop >= sequence.num_prompt_tokens else None
+            )
         except Exception as error:
             self._fail(sequence, error)
             return
         finally:
             with self._changed:
                 self._prompt_under_way = None
-        self._account([sequence], pass_)
+        self._account([sequence], pass_.needed, pass_.missed, pass_.fetched)
+        if pass_.choices is not None:
+            sequence.choices.append(pass_.choices)
         sequence.num_computed = chunk.stop
         self._tokens["prompt"] += chunk.num_tokens
-        if sequence.prompt_is_computed:
+        if drawn is not None:
             self._prefilling.remove(sequence)
             self._decoding.append(sequence)
-            self._take_tokens([sequence], logits)
+            self._take_token(sequence, drawn)
+
+    def _after_prompt_layer(self, layer: int) -> None:
+        """Prefetch for the next layer, and let running streams go on if they have waited long enough."""
+        if self._prefetcher is not None:
+            self._prefetcher.after_layer(layer)
+        if not (self._decoding and self._decoder.runs_ahead):
+            return
+        if time.monotonic() - self._decoded_at_s > self._limits.max_stall_s:
+            with self._runner.interrupted():
+                self._decode()
 
     def _decode(self) -> None:
-        if not self._decoding:
-            return
-        batch = sorted(self._decoding, key=lambda sequence: sequence.row)
+        """Launch the next step, then take the result of the one before; or of the same one, if nothing runs ahead."""
+        batch = sorted((s for s in self._decoding if s.wants_more), key=lambda sequence: sequence.row)
+        previous, self._pending = self._pending, None
+        if batch:
+            self._pending = self._launch(batch)
+        if previous is not None:
+            self._finish(*previous)
+        if not self._decoder.runs_ahead:
+            self._finish_pending()
+        self._decoded_at_s = time.monotonic()
+
+    def _launch(self, batch: list[Sequence]) -> tuple[list[Sequence], PendingStep] | None:
         try:
-            pass_ = Pass(len(batch), self._routing.of_batch(batch) if self._routing else None)
             if self._prefilling:
                 chunk = PromptChunk.next_of(self._prefilling[0], self._limits.prefill_chunk_tokens)
                 with self._changed:
                     self._plan(chunk, self._clock.passes_begun + 1)
-            inputs = [RowInput(s.row, s.num_computed, (s.generated[-1],)) for s in batch]
-            logits = self._runner.run(inputs, pass_)
+            step = self._decoder.launch(batch)
         except Exception as error:
             for sequence in batch:
                 self._fail(sequence, error)
-            return
-        self._account(batch, pass_)
+            return None
         for sequence in batch:
-            sequence.num_computed += 1
-        self._take_tokens(batch, logits)
+            sequence.num_launched += 1
+        return batch, step
 
-    def _account(self, batch: list[Sequence], pass_: Pass) -> None:
+    def _finish_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._finish(*pending)
+
+    def _finish(self, batch: list[Sequence], step: PendingStep) -> None:
+        try:
+            result = step.result()
+        except Exception as error:
+            for sequence in batch:
+                if not sequence.is_retired:
+                    self._fail(sequence, error)
+            return
+        self._account(batch, result.needed, result.missed, result.fetched)
+        for sequence, drawn in zip(batch, result.drawn, strict=True):
+            if not sequence.is_retired:
+                sequence.num_computed += 1
+                self._take_token(sequence, drawn)
+
+    def _account(
+        self,
+        batch: list[Sequence],
+        needed: NDArray[np.int64],
+        missed: NDArray[np.int64],
+        fetched: NDArray[np.int64],
+    ) -> None:
         slab_bytes = self._pager.source.layout.slab_bytes
         for index, sequence in enumerate(batch):
-            sequence.needed += int(pass_.needed[index])
-            sequence.missed += int(pass_.missed[index])
-            sequence.moved_bytes += int(pass_.fetched[index]) * slab_bytes
-            if pass_.choices is not None:
-                sequence.choices.append(pass_.choices)
+            sequence.needed += int(needed[index])
+            sequence.missed += int(missed[index])
+            sequence.moved_bytes += int(fetched[index]) * slab_bytes
 
-    def _take_tokens(self, batch: list[Sequence], logits: Tensor) -> None:
-        """Sample one token per sequence and pass it on. Args: logits: [sequences, vocab] float32."""
-        broken = logits.isnan().any(dim=-1).tolist()
-        samplers = [sequence.sampler for sequence in batch]
-        tokens = sample(samplers, logits.nan_to_num() if any(broken) else logits)
-        for sequence, (token_id, logprobs), is_broken in zip(batch, tokens, broken, strict=True):
-            if is_broken:
-                self._fail(sequence, NonFiniteLogitsError(sequence.num_computed))
-                continue
-            self._tokens["generated"] += 1
-            chunk = sequence.append(token_id, logprobs, self._eos_ids)
-            if chunk.finish_reason is not None:
-                self._retire(sequence)  # before anybody learns of it
-            sequence.sink.put(chunk)
+    def _take_token(self, sequence: Sequence, drawn: Drawn) -> None:
+        """Pass a token on, and forget the sequence if it was the last."""
+        if drawn.token_id is None:
+            self._fail(sequence, NonFiniteLogitsError(sequence.num_computed))
+            return
+        self._tokens["generated"] += 1
+        chunk = sequence.append(drawn.token_id, drawn.logprobs, self._eos_ids)
+        if chunk.finish_reason is not None:
+            self._retire(sequence)  # before anybody learns of it
+        sequence.sink.put(chunk)
 
     def _plan(self, chunk: PromptChunk, pass_number: int) -> None:
         """Have the experts of a prompt chunk prefetched, if its table is there. The caller holds the lock."""
@@ -314,6 +370,7 @@ class Engine:
 
     def _retire(self, sequence: Sequence) -> None:
         """Forget a finished, failed or cancelled sequence and free its row."""
+        sequence.is_retired = True
         if (score := sequence.score()) is not None:
             self._named += score.num_named
             self._chosen += score.num_chosen

@@ -2,7 +2,7 @@
 in, and runs the library's own grouped GEMM over the slots. One function for every family; routers are never touched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.executor.pager import Pager
-from actors.executor.passes import PassClock
+from actors.executor.passes import Pass, PassClock
 
 EXPERTS_IMPLEMENTATION = "slots"
 _ATTRIBUTE = "slot_experts"
@@ -35,6 +35,8 @@ class SlotExperts:
         """
         running = self._clock.running
         assert running is not None
+        if not isinstance(running, Pass):
+            return running.run_experts(self._layer, experts, hidden, topk_ids, topk_weights)
         self._clock.enter(self._layer)
         if running.routing is not None:
             topk_ids, topk_weights = running.routing.of_layer(self._layer, like=topk_weights)
@@ -45,10 +47,11 @@ class SlotExperts:
         if len(needed) <= self._pager.num_slots:
             output = self._single_wave(experts, hidden, ids, topk_weights, needed)
         else:
-            output = self._waves(
-                experts, hidden, ids, topk_weights, _split(needed, resident, self._pager.num_slots)
-            )
+            waves = _split(needed, resident, self._pager.wave_size)
+            output = self._waves(experts, hidden, ids, topk_weights, waves)
         self._clock.leave(self._layer)
+        if running.after_layer is not None:
+            running.after_layer(self._layer)
         return output
 
     def _single_wave(
@@ -63,7 +66,7 @@ class SlotExperts:
         hidden: Tensor,
         ids: Tensor,
         topk_weights: Tensor,
-        waves: Iterator[list[int]],
+        waves: Sequence[list[int]],
     ) -> Tensor:
         """Each (token, choice) pair is computed in the wave of its expert; weighting and summing come after the last
         wave, in the order and precision of the library's forward, so the number of waves does not change a bit.
@@ -71,10 +74,11 @@ class SlotExperts:
         num_tokens, top_k = ids.shape
         pair_ids = ids.reshape(-1)  # [tokens * top_k]
         rows = hidden.new_empty(num_tokens * top_k, hidden.shape[-1])
-        for wave in waves:
+        for wave, following in zip(waves, (*waves[1:], []), strict=True):
             pairs = torch.isin(pair_ids, torch.tensor(wave)).nonzero().squeeze(1)  # [pairs of this wave]
             here = pairs.to(hidden.device)
             with self._pager.reading(self._layer, wave) as slot_of:
+                self._pager.load_ahead(self._layer, following)
                 slots = slot_of[pair_ids[pairs]].unsqueeze(1).to(hidden.device)
                 ones = hidden.new_ones(len(pairs), 1)
                 rows[here] = _grouped_mm(experts, hidden[here // top_k], slots, ones)
@@ -82,11 +86,10 @@ class SlotExperts:
         return weighted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _split(needed: NDArray[np.int64], resident: NDArray[np.bool_], num_slots: int) -> Iterator[list[int]]:
-    """Waves of at most num_slots experts, the resident ones first so that none of them is evicted unread."""
+def _split(needed: NDArray[np.int64], resident: NDArray[np.bool_], wave_size: int) -> list[list[int]]:
+    """Waves of experts, the resident ones first so that none of them is evicted unread."""
     order = np.concatenate([needed[resident[needed]], needed[~resident[needed]]])
-    for start in range(0, len(order), num_slots):
-        yield order[start : start + num_slots].tolist()
+    return [order[start : start + wave_size].tolist() for start in range(0, len(order), wave_size)]
 
 
 def _grouped_mm(experts: nn.Module, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:

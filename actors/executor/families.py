@@ -43,3 +43,11 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 def takes_mask_per_layer_type(config: PretrainedConfig) -> bool:
     """Whether the model expects a dict of masks by layer type; the others take one mask for all layers."""
     return "sliding_attention" in (layer_types(config) or ())
+
+
+def window_of_layer(config: PretrainedConfig, layer_idx: int) -> int | None:
+    """The window of one decoder layer's attention, in tokens; None where it sees everything before."""
+    types = layer_types(config)
+    if takes_mask_per_layer_type(config) and types is not None and types[layer_idx] != "sliding_attention":
+        return None
+    return sliding_window(config)

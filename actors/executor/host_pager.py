@@ -1,4 +1,4 @@
-"""Demand paging of experts, driven by the host: page tables, victims, counters. The copies themselves are SlotPool's.
+"""Demand paging of experts, driven by the host for any device: page tables, victims, counters. Copies are SlotPool's.
 
 Two threads call it: the engine's (`acquire`, `release`) and the prefetcher's (`prefetch`). The rule both obey: a slot
 that the running step reads is never a victim, and a slot is never read before its copy is complete.
@@ -16,21 +16,9 @@ from torch import Tensor
 
 from actors.executor.eviction import EvictionPolicy
 from actors.executor.expert_source import ExpertSource
+from actors.executor.gpu.host_memory import PinnedRing
+from actors.executor.pager import ABSENT, LayerCounters
 from actors.executor.slots import SlotPool
-
-ABSENT = -1
-
-
-@dataclass
-class LayerCounters:
-    """What happened in one layer since start. Experts are counted once per pass, however many tokens chose them."""
-
-    hits: int = 0  # needed and resident when the layer began
-    misses: int = 0  # needed and not resident when the layer began
-    prefetched: int = 0  # copied ahead of need
-    prefetched_used: int = 0  # of those, needed before they were evicted
-    evictions: int = 0
-    moved_bytes: int = 0  # host to slot, on demand and ahead of need
 
 
 @dataclass
@@ -47,8 +35,8 @@ class _Layer:
     read_done: torch.cuda.Event | None = None  # the device has finished the layer's last read
 
 
-class Pager:
-    """Page tables and slots of all MoE layers.
+class HostPager:
+    """Page tables and slots of all MoE layers, for any device that the host copies to.
 
     Args:
         pools: one per MoE layer, all with the same number of slots.
@@ -74,17 +62,31 @@ class Pager:
                 for slot in range(self.num_slots):
                     pool.poison(slot)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._of_thread = threading.local()  # on a GPU, its ring of staging buffers
         # [layers, experts] int64 on the host: the slot of each expert, or ABSENT.
         self.page_table = torch.full((len(pools), num_experts), ABSENT)
         self._slot_of: NDArray[np.int64] = self.page_table.numpy()  # the same memory
 
+    @property
+    def wave_size(self) -> int:
+        return self.num_slots
+
+    def close(self) -> None:
+        pass
+
+    @contextmanager
+    def host_pass(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        yield
+
     def resident(self, layer: int) -> NDArray[np.bool_]:
-        """[experts] bool: which experts of a layer could be read now."""
         mask: NDArray[np.bool_] = self._slot_of[layer] != ABSENT
         return mask
 
     def loading(self, layer: int) -> NDArray[np.bool_]:
-        """[experts] bool: which experts of a layer are being copied now."""
         state = self._layers[layer]
         mask = np.zeros(self.num_experts, np.bool_)
         with state.changed:
@@ -96,15 +98,6 @@ class Pager:
 
     @contextmanager
     def reading(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Tensor]:
-        """Hold these experts in slots while the body reads them; misses are fetched in place.
-
-        Args:
-            expert_ids: distinct, at most `num_slots` of them.
-        Yields:
-            The layer's page table row: [experts] int64 on the host, slot or ABSENT.
-        Raises:
-            ExpertsUnavailableError: an expert could not be fetched; nothing stays held.
-        """
         state = self._layers[layer]
         assert len(expert_ids) <= self.num_slots
         try:
@@ -144,12 +137,10 @@ class Pager:
             state.loading.add(expert_id)
         self._copy(layer, state, expert_id, slot)
 
-    def prefetch(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
-        """Copy an expert ahead of need, if it is absent and a slot can be had without evicting one of `keep`.
+    def load_ahead(self, layer: int, expert_ids: Sequence[int]) -> None:
+        pass  # a copy would end before the compute that it should run beside begins
 
-        Returns:
-            Whether it was copied.
-        """
+    def prefetch(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
         state = self._layers[layer]
         with state.changed:
             # What the running step reads it also fetches; two copies of one expert would lose a slot.
@@ -176,6 +167,7 @@ class Pager:
                 slot = int(self._slot_of[layer, victim])
                 self._slot_of[layer, victim] = ABSENT
                 state.policy.evicted(victim)
+                state.counters.prefetched_wasted += victim in state.unused_prefetches
                 state.unused_prefetches.discard(victim)
                 state.counters.evictions += 1
                 return slot
@@ -184,7 +176,7 @@ class Pager:
     def _copy(self, layer: int, state: _Layer, expert_id: int, slot: int) -> None:
         loaded = False
         try:
-            state.pool.write(slot, self.source.fetch(layer, expert_id), self.source.layout)
+            self._write(state.pool, slot, self.source.fetch(layer, expert_id))
             if self._copy_stream is not None:
                 torch.cuda.current_stream().synchronize()
             loaded = True
@@ -200,6 +192,14 @@ class Pager:
                         state.pool.poison(slot)
                     state.free_slots.append(slot)
                 state.changed.notify_all()
+
+    def _write(self, pool: SlotPool, slot: int, slab: Tensor) -> None:
+        if self._copy_stream is None or slab.is_pinned():
+            pool.write(slot, slab, self.source.layout)
+            return
+        if not hasattr(self._of_thread, "ring"):
+            self._of_thread.ring = PinnedRing(self.source.layout.slab_bytes)
+        self._of_thread.ring.copy(slab.view(self.source.layout.dtype), pool.elements[slot])
 
     @contextmanager
     def _prefetch_stream(self, state: _Layer) -> Iterator[None]:

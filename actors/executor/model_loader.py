@@ -4,7 +4,7 @@ The library's loader runs unchanged; only the experts modules are emptied while 
 the checkpoint have no target and are never read.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -16,8 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as library_logging
 
-from actors.executor.eviction import EvictionPolicy
-from actors.executor.expert_source import ExpertSource
 from actors.executor.experts_hook import EXPERTS_IMPLEMENTATION, SlotExperts
 from actors.executor.families import check_supported
 from actors.executor.pager import Pager
@@ -25,6 +23,7 @@ from actors.executor.passes import PassClock
 from actors.executor.slots import SlotPool
 from common.architecture import find_experts_modules, load_config, meta_model, per_expert_shapes
 from common.errors import CheckpointError
+from common.expert_layout import ExpertLayout
 
 
 @dataclass(frozen=True)
@@ -36,28 +35,35 @@ class SlotModel:
     clock: PassClock
 
 
-def load_slot_model(
-    folder: str | Path,
-    source: ExpertSource,
-    num_slots: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    new_policy: Callable[[], EvictionPolicy],
-    poison_free_slots: bool = False,
-) -> SlotModel:
-    """
+def load_dense_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model without its experts' tensors.
+
     Raises:
         UnsupportedModelError: the executor cannot drive this architecture.
         CheckpointError: a dense tensor is missing or does not fit.
     """
-    model = _load_dense(folder, dtype).to(device).eval()
+    return _load_dense(folder, dtype).to(device).eval()
+
+
+def attach_slots(
+    model: PreTrainedModel,
+    layout: ExpertLayout,
+    num_slots: int,
+    new_pager: Callable[[Sequence[SlotPool], int], Pager],
+) -> SlotModel:
+    """Give a model without expert tensors slots in their place.
+
+    Args:
+        layout: of an expert in its slot.
+        new_pager: makes the pager of one pool per MoE layer and of a number of experts per layer.
+    """
     experts = find_experts_modules(model)
-    layout = source.layout.with_dtype(dtype)
-    pools = [SlotPool(layout, num_slots, device) for _ in experts]
+    pools = [SlotPool(layout, num_slots, model.device) for _ in experts]
     num_experts = next(iter(experts.values())).num_experts
     assert isinstance(num_experts, int)
-    pager = Pager(source, pools, num_experts, new_policy, device, poison_free_slots)
+    pager = new_pager(pools, num_experts)
     clock = PassClock(len(experts))
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     for layer, (module, pool) in enumerate(zip(experts.values(), pools, strict=True)):
         _give_slots(module, pool)
         SlotExperts(layer, pager, clock).attach(module)

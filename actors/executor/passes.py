@@ -3,12 +3,14 @@ the clock by which the prefetcher knows how far the passes are.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,35 @@ class Routing:
         return self.expert_ids[layer].to(like.device), self.weights[layer].to(like)
 
 
+class DevicePass(Protocol):
+    """A forward that is queued without the host looking at its routing."""
+
+    def run_experts(
+        self, layer: int, experts: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Queue one layer's experts. Args and result as `SlotExperts.forward`."""
+
+
 class Pass:
     """A forward over one sequence's prompt chunk, or over one token of each of several sequences.
 
     Args:
         routing: replaces the routers' choice; None lets them decide.
         keep_choices: keep every layer's expert ids, for scoring a prediction later.
+        after_layer: called with -1 when the pass begins, then with each MoE layer's number when its experts are
+            computed, or queued.
     """
 
     def __init__(
-        self, num_sequences: int, routing: Routing | None = None, keep_choices: bool = False
+        self,
+        num_sequences: int,
+        routing: Routing | None = None,
+        keep_choices: bool = False,
+        after_layer: Callable[[int], None] | None = None,
     ) -> None:
         self.num_sequences = num_sequences
         self.routing = routing
+        self.after_layer = after_layer
         # [sequences] each. What is not in a slot when its layer begins is missed; of that, what is not on its way
         # there already is fetched by this pass.
         self.needed, self.missed, self.fetched = np.zeros((3, num_sequences), np.int64)
@@ -69,7 +87,7 @@ class PassClock:
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self.passes_begun = 0
-        self.running: Pass | None = None
+        self.running: Pass | DevicePass | None = None
         self._entered = -1  # the latest time whose layer has begun
         self._left = 0  # every earlier time's layer is over
         self._changed = threading.Condition()

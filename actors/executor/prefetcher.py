@@ -1,4 +1,4 @@
-"""Copies predicted experts into slots ahead of the passes that will need them, layer by layer, on a thread of its own.
+"""Copies predicted experts into slots ahead of the passes that will need them, layer by layer.
 
 A prediction only moves experts earlier: whatever is late, wrong or lost, the pager fetches on demand.
 """
@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,52 @@ def _most_wanted(ids: NDArray[np.uint16], num_experts: int) -> list[int]:
     return [int(expert_id) for expert_id in order if counts[expert_id]]
 
 
-class Prefetcher:
-    """Works plans off in the order they were submitted; a layer whose pass has reached it is skipped."""
+class Prefetcher(Protocol):
+    """Works plans off; what comes too late for a layer is skipped."""
+
+    def start(self) -> None: ...
+
+    def submit(self, plan: PrefetchPlan) -> None:
+        """May be called from any thread, and while the plan's pass runs."""
+
+    def after_layer(self, layer: int) -> None:
+        """The running pass has finished a layer, or begins (-1). On the pass' thread."""
+
+    def stop(self) -> None:
+        """Twice is fine."""
+
+
+class QueueingPrefetcher:
+    """For pagers whose copies are queued behind each other: the pass' thread queues them, a layer ahead."""
+
+    def __init__(self, pager: Pager, clock: PassClock) -> None:
+        self._pager, self._clock = pager, clock
+        self._plans: dict[int, PrefetchPlan] = {}  # by pass number
+
+    def start(self) -> None:
+        pass
+
+    def submit(self, plan: PrefetchPlan) -> None:
+        self._plans[plan.pass_number] = plan
+
+    def after_layer(self, layer: int) -> None:
+        running = self._clock.passes_begun - 1
+        for old in [number for number in list(self._plans) if number < running]:
+            del self._plans[old]
+        plan = self._plans.get(running)
+        if plan is None or layer + 1 >= len(plan.experts_by_layer):
+            return
+        expert_ids = plan.experts_by_layer[layer + 1]
+        for expert_id in expert_ids:
+            if self._pager.prefetch(layer + 1, expert_id, expert_ids):
+                plan.on_copied(self._pager.source.layout.slab_bytes)
+
+    def stop(self) -> None:
+        self._plans.clear()
+
+
+class ThreadedPrefetcher:
+    """For pagers whose copies block: a thread of its own works plans off in the order they were submitted."""
 
     def __init__(self, pager: Pager, clock: PassClock) -> None:
         self._pager, self._clock = pager, clock
@@ -60,8 +105,10 @@ class Prefetcher:
     def submit(self, plan: PrefetchPlan) -> None:
         self._plans.put(plan)
 
+    def after_layer(self, layer: int) -> None:
+        pass  # the clock tells
+
     def stop(self) -> None:
-        """Twice is fine."""
         self._stopped.set()
         self._clock.wake()
         self._plans.put(None)

@@ -14,6 +14,7 @@ class LayerReport:
     misses: int
     prefetched: int
     prefetched_used: int
+    prefetched_wasted: int
     evictions: int
     moved_bytes: int
     predictor_recall: float | None  # of the true top-k, over prompts with a hash table
@@ -27,6 +28,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class EngineReport:
+    paging: str  # "device": by the decode graphs; "host": layer by layer
     slots_per_layer: int
     num_experts: int
     layers: tuple[LayerReport, ...]

@@ -1,6 +1,7 @@
 """Runs passes: tokens of given rows in, logits of each row's last token out. Decides nothing about who runs when."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,12 @@ class ModelRunner:
 
     def __init__(self, slot_model: SlotModel, num_rows: int, max_tokens: int) -> None:
         self._model = slot_model.model
-        self._clock = slot_model.clock
+        self._clock, self._pager = slot_model.clock, slot_model.pager
         self._device = slot_model.model.device
         self._window = sliding_window(self._model.config)
         self._mask_per_layer_type = takes_mask_per_layer_type(self._model.config)
         self._mask_is_additive = self._model.config._attn_implementation == "eager"
+        self.max_tokens = max_tokens
         self.cache = RowCache(num_rows, max_tokens)
 
     @torch.inference_mode()
@@ -48,18 +50,29 @@ class ModelRunner:
         length = self.cache.address([row.row for row in inputs], positions)
         self._clock.begin_pass(pass_)
         try:
-            output = self._model(
-                input_ids=token_ids,
-                position_ids=positions,
-                attention_mask=self._masks(positions, length),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            with self._pager.host_pass():
+                if pass_.after_layer is not None:
+                    pass_.after_layer(-1)
+                output = self._model(
+                    input_ids=token_ids,
+                    position_ids=positions,
+                    attention_mask=self._masks(positions, length),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
         finally:
             self._clock.end_pass()
         logits: Tensor = output.logits
         return logits[:, -1].float()
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Within `run`, between two layers: a step that the host does not drive may run in the body."""
+        running = self._clock.running
+        with self.cache.address_kept(), self._pager.interrupted():
+            yield
+        self._clock.running = running
 
     def _masks(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
         """Ready-made [rows, 1, queries, length] masks, which the library passes on as they are."""

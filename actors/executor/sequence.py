@@ -42,6 +42,8 @@ class Sequence:
     row: int = -1  # of the KV cache, once admitted
     num_computed: int = 0  # tokens whose keys and values are in the cache
     generated: list[int] = field(default_factory=list)
+    num_launched: int = 0  # decode steps; the result of the last may be outstanding
+    is_retired: bool = False  # finished, failed or cancelled
     table: HashTable | None = None
     hash_function: HashFunctionState | None = None  # routing=predicted: predicts generated tokens
     routing_table: HashTable | None = None  # routing=predicted: routes the prompt
@@ -67,6 +69,11 @@ class Sequence:
     @property
     def prompt_is_computed(self) -> bool:
         return self.num_computed >= self.num_prompt_tokens
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another decode step may be needed, whatever the outstanding one brings."""
+        return self.num_launched + 1 < self.request.sampling.max_tokens
 
     def score(self) -> PredictionScore | None:
         """How good the hash table was; None without a table, or where it was obeyed instead of the routers."""

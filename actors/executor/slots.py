@@ -13,7 +13,7 @@ class SlotPool:
         self.num_slots = num_slots
         slabs = torch.zeros(num_slots, layout.slab_bytes, dtype=torch.uint8, device=device)
         self.views = layout.views(slabs)  # name -> [num_slots, *shape]
-        self._elements = slabs.view(layout.dtype).unbind()  # per slot, [slab elements]
+        self.elements = slabs.view(layout.dtype)  # [num_slots, slab elements], the same memory
 
     def write(self, slot: int, slab: Tensor, stored: ExpertLayout) -> None:
         """Copy a host slab ([stored.slab_bytes] uint8) into a slot, converting where the dtypes differ.
@@ -21,7 +21,7 @@ class SlotPool:
         Args:
             stored: has its elements where the slots' layout has them (`ExpertLayout.with_dtype`).
         """
-        self._elements[slot].copy_(slab.view(stored.dtype))
+        self.elements[slot].copy_(slab.view(stored.dtype), non_blocking=True)
 
     def poison(self, slot: int) -> None:
         """Fill a free slot with NaN, so that a test sees any read of it."""

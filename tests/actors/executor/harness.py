@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.executor.build import new_decoder, new_prefetcher
 from actors.executor.engine import Engine, EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import CheckpointExpertSource, ExpertSource
-from actors.executor.model_loader import SlotModel, load_slot_model
-from actors.executor.prefetcher import Prefetcher
-from actors.executor.runner import ModelRunner
+from actors.executor.host_pager import HostPager
+from actors.executor.model_loader import SlotModel, attach_slots, load_dense_model
+from actors.executor.pager import Pager
+from actors.executor.passes import Pass
+from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.slots import SlotPool
 from common.checkpoint import Checkpoint
 from common.generation import GenerationChunk, GenerationRequest, SamplingParams
+from tests.tiny_models import TOP_K
 
 WAIT_S = 60.0
 PROMPTS = ([5, 9, 12, 7, 3, 4, 8, 11, 2, 6, 1, 13, 14, 25], [17, 3, 20, 21], [30, 31, 32, 33, 34, 35, 36])
@@ -82,27 +87,43 @@ def slot_model(
     eviction: str = "lru",
     source: ExpertSource | None = None,
     device: str = "cpu",
+    on_device: bool = False,
 ) -> SlotModel:
-    """A model whose free slots are poisoned; num_slots None is the smallest legal number."""
+    """A model whose free slots are poisoned; num_slots None is the smallest legal number.
+
+    Args:
+        on_device: page on the device, which may be the CPU, in Triton's interpreter.
+    """
     checkpoint = Checkpoint.open(folder)
-    return load_slot_model(
-        folder,
-        source or CheckpointExpertSource(checkpoint),
-        num_slots or checkpoint.architecture.top_k,
-        dtype,
-        torch.device(device),
-        EVICTION_POLICIES[eviction],
-        poison_free_slots=True,
-    )
+    source = source or CheckpointExpertSource(checkpoint)
+
+    def new_pager(pools: Sequence[SlotPool], num_experts: int) -> Pager:
+        if not on_device:
+            policy = EVICTION_POLICIES[eviction]
+            return HostPager(source, pools, num_experts, policy, torch.device(device), poison_free_slots=True)
+        from actors.executor.gpu.host_experts import HostExperts
+        from actors.executor.gpu.pager import DevicePager
+
+        experts = HostExperts(source, len(pools), num_experts, torch.device(device))
+        pager = DevicePager(source, pools, num_experts, experts, eviction, poison_free_slots=True)
+        if pager.holds_all:
+            pager.load_all()
+        return pager
+
+    model = load_dense_model(folder, dtype, torch.device(device))
+    layout = source.layout.with_dtype(dtype)
+    return attach_slots(model, layout, num_slots or checkpoint.architecture.top_k, new_pager)
 
 
 def start_engine(
     model: SlotModel, *, prefetch: bool = True, limits: EngineLimits | None = None, **engine: Any
 ) -> Harness:
     limits = limits or EngineLimits(max_batch_size=4, prefill_chunk_tokens=5, max_queued_requests=8)
-    runner = ModelRunner(model, limits.max_batch_size, max_tokens=128)
-    prefetcher = Prefetcher(model.pager, model.clock) if prefetch else None
-    built = Engine(runner, model.pager, model.clock, limits, prefetcher=prefetcher, **engine)
+    runner = ModelRunner(model, limits.max_batch_size + 1, max_tokens=128)
+    prefetcher = new_prefetcher(model) if prefetch else None
+    runner.run([RowInput(0, 0, (0,))], Pass(1))
+    decoder = new_decoder(model, runner, limits.max_batch_size, TOP_K, engine.get("predicted_routing"))
+    built = Engine(runner, decoder, model.pager, model.clock, limits, prefetcher=prefetcher, **engine)
     built.start()
     return Harness(built, model)
 

@@ -7,19 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.executor.build import new_decoder
 from actors.executor.engine import EngineLimits
+from actors.executor.gpu.graph_decoder import GraphDecoder
 from actors.executor.passes import Pass
 from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.sequence import Sequence
+from common.generation import GenerationRequest, SamplingParams
 from common.hash_table import HashTable
 from tests.actors.executor.harness import (
     PROMPTS,
     Harness,
+    QueueSink,
     library_greedy,
     library_model,
     slot_model,
     start_engine,
 )
-from tests.tiny_models import FAMILIES, NUM_EXPERTS, make_checkpoint
+from tests.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, make_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,11 +39,46 @@ def test_mixed_batch_generates_the_librarys_tokens(family: str, tmp_path: Path) 
     folder = make_checkpoint(family, tmp_path)
     reference = library_model(folder).to("cuda")
     expected = [library_greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS]
-    harness = start_engine(slot_model(folder, device="cuda"))
-    try:
-        assert harness.generate(PROMPTS, max_tokens=NUM_TOKENS) == expected
-    finally:
-        harness.engine.stop()
+    for num_slots, on_device in ((TOP_K, False), (TOP_K, True), (5, True), (NUM_EXPERTS, True)):
+        harness = start_engine(slot_model(folder, num_slots, device="cuda", on_device=on_device))
+        try:
+            tokens = harness.generate(PROMPTS, max_tokens=NUM_TOKENS)
+            assert tokens == expected, (num_slots, on_device)
+        finally:
+            harness.engine.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe"])
+def test_captured_steps_are_bit_equal_to_all_resident(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(family, tmp_path, dtype=dtype)
+    resident = decode_logits(folder, NUM_EXPERTS, dtype)
+    for num_slots in (2, 3, 5):
+        paged = decode_logits(folder, num_slots, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True)), num_slots
+
+
+def decode_logits(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tensor]:
+    """Logits of six captured steps over three rows."""
+    model = slot_model(folder, num_slots, dtype, device="cuda", on_device=True)
+    runner = ModelRunner(model, num_rows=4, max_tokens=64)
+    runner.run([RowInput(0, 0, (0,))], Pass(1))
+    decoder = new_decoder(model, runner, num_rows=3, top_k=TOP_K)
+    assert isinstance(decoder, GraphDecoder)
+    sequences = []
+    for row, prompt in enumerate(PROMPTS):
+        request = GenerationRequest(f"r{row}", tuple(prompt), SamplingParams(max_tokens=9, temperature=0.0))
+        sequences.append(Sequence.of(request, QueueSink(), None))
+        sequences[-1].row = row
+        decoder.first(sequences[-1], runner.run([RowInput(row, 0, prompt)], Pass(1)))
+    logits = []
+    for _ in range(6):
+        decoder.launch(sequences).result()
+        logits.append(decoder._buckets[4].logits[:3].clone())
+    model.pager.close()
+    return logits
 
 
 def run_all(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tensor]:

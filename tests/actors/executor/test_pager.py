@@ -1,7 +1,8 @@
-"""The pager against a source whose every slab names its expert: what is read is what was asked for, always."""
+"""Both pagers against a source whose every slab names its expert: what is read is what was asked for, always."""
 
+import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.executor.eviction import EVICTION_POLICIES
+from actors.executor.gpu.host_experts import HostExperts
+from actors.executor.gpu.pager import DevicePager
+from actors.executor.host_pager import HostPager
 from actors.executor.pager import ABSENT, Pager
 from actors.executor.slots import SlotPool
 from common.errors import ExpertsUnavailableError
@@ -24,33 +28,71 @@ class NumberedSource:
 
     layout = LAYOUT
     model_fingerprint = "numbered"
+    on_adopted: Callable[[], None] | None = None
 
     def __init__(self) -> None:
         self.fetched: list[tuple[int, int]] = []
         self.broken: set[tuple[int, int]] = set()
+        self._slabs = numbered_slabs()
 
     def fetch(self, layer: int, expert_id: int) -> Tensor:
         if (layer, expert_id) in self.broken:
             raise ExpertsUnavailableError(layer, expert_id, 0.0)
         self.fetched.append((layer, expert_id))
-        slab = torch.zeros(LAYOUT.slab_bytes, dtype=torch.uint8)
-        LAYOUT.views(slab)["down_proj"].fill_(10 * layer + expert_id)
-        return slab
+        return self._slabs[layer, expert_id]
+
+    def local_slabs(self) -> Mapping[tuple[int, int], Tensor]:
+        return self._slabs
 
 
-def make_pager(num_slots: int, eviction: str = "lru", source: NumberedSource | None = None) -> Pager:
-    pools = [SlotPool(LAYOUT, num_slots, torch.device("cpu")) for _ in range(NUM_LAYERS)]
-    return Pager(
-        source or NumberedSource(), pools, NUM_EXPERTS, EVICTION_POLICIES[eviction], torch.device("cpu"), True
-    )
+def numbered_slabs() -> dict[tuple[int, int], Tensor]:
+    """In pages of their own: a GPU is given whole pages."""
+    memory = mmap.mmap(-1, NUM_LAYERS * NUM_EXPERTS * LAYOUT.slab_bytes)
+    slabs = torch.frombuffer(memory, dtype=torch.uint8).view(NUM_LAYERS, NUM_EXPERTS, -1)
+    for layer in range(NUM_LAYERS):
+        for expert_id in range(NUM_EXPERTS):
+            LAYOUT.views(slabs[layer, expert_id])["down_proj"].fill_(10 * layer + expert_id)
+    return {(layer, e): slabs[layer, e] for layer in range(NUM_LAYERS) for e in range(NUM_EXPERTS)}
 
 
-def contents(pager: Pager, layer: int, slot: int) -> Tensor:
-    return pager._layers[layer].pool.views["down_proj"][slot]
+def make_pools(num_slots: int) -> list[SlotPool]:
+    return [SlotPool(LAYOUT, num_slots, torch.device("cpu")) for _ in range(NUM_LAYERS)]
 
 
-def read(pager: Pager, layer: int, expert_ids: list[int]) -> None:
-    with pager.reading(layer, expert_ids) as slot_of:
+def make_host_pager(num_slots: int, eviction: str = "lru", source: NumberedSource | None = None) -> HostPager:
+    policy = EVICTION_POLICIES[eviction]
+    source = source or NumberedSource()
+    return HostPager(source, make_pools(num_slots), NUM_EXPERTS, policy, torch.device("cpu"), True)
+
+
+def make_device_pager(
+    num_slots: int, eviction: str = "lru", source: NumberedSource | None = None
+) -> DevicePager:
+    source = source or NumberedSource()
+    experts = HostExperts(source, NUM_LAYERS, NUM_EXPERTS, torch.device("cpu"))
+    return DevicePager(source, make_pools(num_slots), NUM_EXPERTS, experts, eviction, poison_free_slots=True)
+
+
+MakePager = Callable[..., HostPager | DevicePager]
+KINDS: dict[str, MakePager] = {"host": make_host_pager, "device": make_device_pager}
+
+
+@pytest.fixture(params=KINDS)
+def make_pager(request: pytest.FixtureRequest) -> MakePager:
+    return KINDS[request.param]
+
+
+def contents(pager: HostPager | DevicePager, layer: int, slot: int) -> Tensor:
+    pool = pager._layers[layer].pool if isinstance(pager, HostPager) else pager._pools[layer]
+    return pool.views["down_proj"][slot]
+
+
+def page_table(pager: HostPager | DevicePager) -> Tensor:
+    return pager.page_table if isinstance(pager, HostPager) else pager.state.slot_of
+
+
+def read(pager: HostPager | DevicePager, layer: int, expert_ids: list[int]) -> None:
+    with pager.host_pass(), pager.reading(layer, expert_ids) as slot_of:
         for expert_id in expert_ids:
             assert (contents(pager, layer, int(slot_of[expert_id])) == 10 * layer + expert_id).all()
 
@@ -59,13 +101,13 @@ def resident(pager: Pager, layer: int = 0) -> list[int]:
     return pager.resident(layer).nonzero()[0].tolist()
 
 
-def test_free_slots_hold_nan() -> None:
+def test_free_slots_hold_nan(make_pager: MakePager) -> None:
     pager = make_pager(num_slots=2)
     read(pager, 0, [3])
     assert contents(pager, 0, 0).isnan().all() or contents(pager, 0, 1).isnan().all()
 
 
-def test_evicts_the_least_recently_used_expert() -> None:
+def test_evicts_the_least_recently_used_expert(make_pager: MakePager) -> None:
     pager = make_pager(num_slots=3)
     for expert_ids in ([0], [1], [2], [0], [3]):
         read(pager, 0, expert_ids)
@@ -74,21 +116,21 @@ def test_evicts_the_least_recently_used_expert() -> None:
     assert resident(pager) == [0, 3, 4]
 
 
-def test_never_evicts_an_expert_the_step_needs() -> None:
+def test_never_evicts_an_expert_the_step_needs(make_pager: MakePager) -> None:
     pager = make_pager(num_slots=3)
     read(pager, 0, [0, 1, 2])
     read(pager, 0, [0, 4, 5])  # 0 is the least recently used, yet needed
     assert resident(pager) == [0, 4, 5]
 
 
-def test_layers_do_not_share_slots() -> None:
+def test_layers_do_not_share_slots(make_pager: MakePager) -> None:
     pager = make_pager(num_slots=2)
     read(pager, 0, [0, 1])
     read(pager, 1, [2, 3])
     assert (resident(pager, 0), resident(pager, 1)) == ([0, 1], [2, 3])
 
 
-def test_counts_hits_misses_and_bytes() -> None:
+def test_counts_hits_misses_and_bytes(make_pager: MakePager) -> None:
     pager = make_pager(num_slots=2)
     read(pager, 0, [0, 1])
     read(pager, 0, [1, 2])
@@ -97,31 +139,33 @@ def test_counts_hits_misses_and_bytes() -> None:
     assert counters.moved_bytes == 3 * LAYOUT.slab_bytes
 
 
-def test_prefetched_expert_is_a_hit() -> None:
+def test_prefetched_expert_is_a_hit(make_pager: MakePager) -> None:
     pager = make_pager(num_slots=2)
-    assert pager.prefetch(0, 5, keep=())
-    assert not pager.prefetch(0, 5, keep=()), "it is there already"
+    with pager.host_pass():
+        assert pager.prefetch(0, 5, keep=())
+        assert not pager.prefetch(0, 5, keep=()), "it is there already"
     read(pager, 0, [5])
     counters = pager.counters(0)
     assert (counters.prefetched, counters.prefetched_used, counters.hits, counters.misses) == (1, 1, 1, 0)
 
 
-def test_prefetch_takes_no_slot_of_what_is_read_or_kept() -> None:
+def test_prefetch_takes_no_slot_of_what_is_read_or_kept(make_pager: MakePager) -> None:
     pager = make_pager(num_slots=2)
-    with pager.reading(0, [0, 1]):
-        assert not pager.prefetch(0, 2, keep=())
-    assert not pager.prefetch(0, 2, keep={0, 1})
-    assert pager.prefetch(0, 2, keep={1})
+    with pager.host_pass():
+        with pager.reading(0, [0, 1]):
+            assert not pager.prefetch(0, 2, keep=())
+        assert not pager.prefetch(0, 2, keep={0, 1})
+        assert pager.prefetch(0, 2, keep={1})
     assert resident(pager) == [1, 2]
 
 
-def test_failed_fetch_is_answered_and_leaves_the_pager_usable() -> None:
+def test_failed_fetch_is_answered_and_leaves_the_pager_usable(make_pager: MakePager) -> None:
     source = NumberedSource()
     source.broken = {(0, 1)}
     pager = make_pager(num_slots=2, source=source)
     with pytest.raises(ExpertsUnavailableError):
         read(pager, 0, [0, 1])
-    with pytest.raises(ExpertsUnavailableError):
+    with pytest.raises(ExpertsUnavailableError), pager.host_pass():
         pager.prefetch(0, 1, keep=())
     source.broken.clear()
     for _ in range(3):
@@ -139,7 +183,7 @@ def test_step_waits_for_a_prefetch_under_way_and_does_not_copy_twice() -> None:
             return super().fetch(layer, expert_id)
 
     source = SlowSource()
-    pager = make_pager(num_slots=2, source=source)
+    pager = make_host_pager(num_slots=2, source=source)
     prefetch = threading.Thread(target=pager.prefetch, args=(0, 4, ()))
     prefetch.start()
     assert entered.wait(10)
@@ -164,26 +208,31 @@ steps = st.lists(
 
 
 @given(
-    steps=steps, num_slots=st.integers(3, NUM_EXPERTS), eviction=st.sampled_from(sorted(EVICTION_POLICIES))
+    steps=steps,
+    num_slots=st.integers(3, NUM_EXPERTS),
+    eviction=st.sampled_from(sorted(EVICTION_POLICIES)),
+    kind=st.sampled_from(sorted(KINDS)),
 )
 @settings(deadline=None)
 def test_any_order_of_steps_and_prefetches_reads_the_right_experts(
-    steps: list[tuple[int, list[int], bool]], num_slots: int, eviction: str
+    steps: list[tuple[int, list[int], bool]], num_slots: int, eviction: str, kind: str
 ) -> None:
-    pager = make_pager(num_slots, eviction)
+    pager = KINDS[kind](num_slots, eviction)
     for layer, expert_ids, is_prefetch in steps:
         if is_prefetch:
-            for expert_id in expert_ids:
-                pager.prefetch(layer, expert_id, keep=expert_ids)
+            with pager.host_pass():
+                for expert_id in expert_ids:
+                    pager.prefetch(layer, expert_id, keep=expert_ids)
         else:
             read(pager, layer, expert_ids)
-        slots = pager.page_table[layer][pager.page_table[layer] != ABSENT]
+        row = page_table(pager)[layer]
+        slots = row[row != ABSENT]
         assert len(slots.unique()) == len(slots), "two experts in one slot"
 
 
 @pytest.fixture
-def racing_prefetcher() -> Iterator[tuple[Pager, threading.Event]]:
-    pager, stop = make_pager(num_slots=3), threading.Event()
+def racing_prefetcher() -> Iterator[tuple[HostPager, threading.Event]]:
+    pager, stop = make_host_pager(num_slots=3), threading.Event()
 
     def run() -> None:
         generator = torch.Generator().manual_seed(1)
@@ -199,7 +248,7 @@ def racing_prefetcher() -> Iterator[tuple[Pager, threading.Event]]:
 
 
 def test_steps_read_the_right_experts_while_a_prefetcher_races_them(
-    racing_prefetcher: tuple[Pager, threading.Event],
+    racing_prefetcher: tuple[HostPager, threading.Event],
 ) -> None:
     pager, _ = racing_prefetcher
     generator = torch.Generator().manual_seed(2)

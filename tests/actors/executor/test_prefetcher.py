@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from actors.executor.passes import Pass, PassClock
-from actors.executor.prefetcher import Prefetcher, PrefetchPlan, plan_prefetch
-from tests.actors.executor.test_pager import NUM_LAYERS, NumberedSource, make_pager
+from actors.executor.prefetcher import PrefetchPlan, QueueingPrefetcher, ThreadedPrefetcher, plan_prefetch
+from tests.actors.executor.test_pager import NUM_LAYERS, NumberedSource, make_device_pager, make_host_pager
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -30,8 +30,8 @@ def source() -> NumberedSource:
 
 
 @pytest.fixture
-def prefetcher(clock: PassClock, source: NumberedSource) -> Iterator[Prefetcher]:
-    prefetcher = Prefetcher(make_pager(num_slots=3, source=source), clock)
+def prefetcher(clock: PassClock, source: NumberedSource) -> Iterator[ThreadedPrefetcher]:
+    prefetcher = ThreadedPrefetcher(make_host_pager(num_slots=3, source=source), clock)
     prefetcher.start()
     yield prefetcher
     prefetcher.stop()
@@ -49,14 +49,14 @@ def test_plans_the_most_wanted_experts_that_fit() -> None:
 
 
 def test_copies_at_once_for_the_next_pass_when_none_runs(
-    prefetcher: Prefetcher, source: NumberedSource
+    prefetcher: ThreadedPrefetcher, source: NumberedSource
 ) -> None:
     prefetcher.submit(plan(0, [1, 2], [3]))
     wait_until(lambda: source.fetched == [(0, 1), (0, 2), (1, 3)])
 
 
 def test_waits_until_the_running_pass_has_left_the_layer(
-    prefetcher: Prefetcher, source: NumberedSource, clock: PassClock
+    prefetcher: ThreadedPrefetcher, source: NumberedSource, clock: PassClock
 ) -> None:
     clock.begin_pass(Pass(1))
     clock.enter(0)
@@ -70,7 +70,7 @@ def test_waits_until_the_running_pass_has_left_the_layer(
 
 
 def test_skips_layers_that_their_pass_has_reached(
-    prefetcher: Prefetcher, source: NumberedSource, clock: PassClock
+    prefetcher: ThreadedPrefetcher, source: NumberedSource, clock: PassClock
 ) -> None:
     clock.begin_pass(Pass(1))
     clock.enter(0)
@@ -78,16 +78,35 @@ def test_skips_layers_that_their_pass_has_reached(
     wait_until(lambda: source.fetched == [(1, 2)])
 
 
-def test_goes_on_after_a_failure(source: NumberedSource, prefetcher: Prefetcher) -> None:
+def test_goes_on_after_a_failure(source: NumberedSource, prefetcher: ThreadedPrefetcher) -> None:
     source.broken = {(0, 1)}
     prefetcher.submit(plan(0, [1], [2]))
     prefetcher.submit(plan(0, [4], []))
     wait_until(lambda: source.fetched == [(0, 4)])
 
 
-def test_stop_ends_a_wait_for_a_pass_that_never_comes(prefetcher: Prefetcher) -> None:
+def test_stop_ends_a_wait_for_a_pass_that_never_comes(prefetcher: ThreadedPrefetcher) -> None:
     prefetcher.submit(plan(5, [1], [2]))
     stopper = threading.Thread(target=prefetcher.stop)
     stopper.start()
     stopper.join(10)
     assert not stopper.is_alive()
+
+
+def test_queues_each_layer_when_the_one_before_is_over(clock: PassClock, source: NumberedSource) -> None:
+    pager = make_device_pager(num_slots=3, source=source)
+    prefetcher = QueueingPrefetcher(pager, clock)
+    copied: list[int] = []
+    prefetcher.submit(PrefetchPlan(0, [[1, 2], [3]], copied.append))
+    prefetcher.submit(PrefetchPlan(1, [[4], [5]], copied.append))
+    for pass_number in range(2):
+        clock.begin_pass(Pass(1))
+        with pager.host_pass():
+            fetched_before = len(source.fetched)
+            prefetcher.after_layer(-1)
+            assert source.fetched[fetched_before:] == [[(0, 1), (0, 2)], [(0, 4)]][pass_number]
+            prefetcher.after_layer(0)
+            prefetcher.after_layer(1)
+        clock.end_pass()
+    assert source.fetched == [(0, 1), (0, 2), (1, 3), (0, 4), (1, 5)]
+    assert len(copied) == 5

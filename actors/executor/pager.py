@@ -1,0 +1,82 @@
+"""What it takes to page experts: the interface of `HostPager` and `DevicePager`, and what both count."""
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actors.executor.expert_source import ExpertSource
+
+ABSENT = -1  # instead of a slot
+
+
+@dataclass
+class LayerCounters:
+    """What happened in one layer since start. Experts are counted once per pass, however many tokens chose them."""
+
+    hits: int = 0  # needed and resident when the layer began
+    misses: int = 0  # needed and not resident when the layer began
+    prefetched: int = 0  # copied ahead of need
+    prefetched_used: int = 0  # of those, needed before they were evicted
+    prefetched_wasted: int = 0  # of those, evicted before they were needed
+    evictions: int = 0
+    moved_bytes: int = 0  # host to slot, on demand and ahead of need
+
+
+class Pager(Protocol):
+    """Page tables and slots of all MoE layers, as passes that the host drives see them.
+
+    The rule of every implementation: a slot that the running step reads is never a victim, and a slot is never read
+    before its copy is complete.
+    """
+
+    source: ExpertSource
+    num_slots: int  # per layer
+    num_experts: int  # per layer
+
+    @property
+    def wave_size(self) -> int:
+        """Experts to read at once when a layer needs more than `num_slots`."""
+
+    def close(self) -> None:
+        """Let go of the experts, when no pass will run any more. Twice is fine."""
+
+    def host_pass(self) -> AbstractContextManager[None]:
+        """Every call below but `counters` belongs into one; a pass of the model runs in it."""
+
+    def interrupted(self) -> AbstractContextManager[None]:
+        """Within `host_pass`, between two layers: another pass may run in the body."""
+
+    def resident(self, layer: int) -> NDArray[np.bool_]:
+        """[experts] bool: which experts of a layer could be read now."""
+
+    def loading(self, layer: int) -> NDArray[np.bool_]:
+        """[experts] bool: which experts of a layer are on their way and not in `resident` yet."""
+
+    def counters(self, layer: int) -> LayerCounters:
+        """May lag a moment behind, and may be called from any thread."""
+
+    def reading(self, layer: int, expert_ids: Sequence[int]) -> AbstractContextManager[Tensor]:
+        """Hold these experts in slots while the body reads them, or queues its reads; misses are fetched in place.
+
+        Args:
+            expert_ids: distinct, at most `num_slots` of them.
+        Yields:
+            The layer's page table row: [experts] integers on the host, slot or ABSENT.
+        Raises:
+            ExpertsUnavailableError: an expert could not be fetched; nothing stays held.
+        """
+
+    def load_ahead(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """Within `reading`: start copying what the layer reads next, where copies run beside the compute."""
+
+    def prefetch(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
+        """Copy an expert ahead of need, if it is absent and a slot can be had without evicting one of `keep`.
+
+        Returns:
+            Whether it was, or will be, copied.
+        """
