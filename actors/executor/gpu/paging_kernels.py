@@ -53,10 +53,40 @@ def _victim_ranks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _count_missed_pairs(slot_of_ptr, ids, active, row_missed_ptr, num_active, ROWS_P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add to each row how many of its experts are absent."""
+def _is_needed(  # type: ignore[no-untyped-def]
+    ids_ptr,
+    num_active,
+    TOP_K: tl.constexpr,
+    ROWS_P: tl.constexpr,
+    TOP_K_P: tl.constexpr,
+    EXPERTS_P: tl.constexpr,
+):
+    """[EXPERTS_P] whether an active row chose the expert.
+
+    In one dimension from the start: flattening may reorder a block's elements, and a mask's differently.
+    """
+    pairs = tl.arange(0, ROWS_P * TOP_K_P)
+    rows, choices = pairs // TOP_K_P, pairs % TOP_K_P
+    active = (rows < num_active) & (choices < TOP_K)
+    ids = tl.load(ids_ptr + rows * TOP_K + choices, mask=active, other=0).to(tl.int32)
+    return tl.histogram(ids, EXPERTS_P, mask=active) > 0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _count_missed_pairs(  # type: ignore[no-untyped-def]
+    ids_ptr,
+    num_active,
+    slot_of_ptr,
+    row_missed_ptr,
+    TOP_K: tl.constexpr,
+    ROWS_P: tl.constexpr,
+    TOP_K_P: tl.constexpr,
+):
+    """Add to each active row how many of its experts are absent."""
+    rows, choices = tl.arange(0, ROWS_P), tl.arange(0, TOP_K_P)
+    active = (rows < num_active)[:, None] & (choices < TOP_K)[None, :]
+    ids = tl.load(ids_ptr + rows[:, None] * TOP_K + choices[None, :], mask=active, other=0)
     absent = tl.load(slot_of_ptr + ids, mask=active, other=0) < 0
-    rows = tl.arange(0, ROWS_P)
     before = tl.load(row_missed_ptr + rows, mask=rows < num_active, other=0)
     tl.store(row_missed_ptr + rows, before + tl.sum(absent.to(tl.int32), axis=1), mask=rows < num_active)
 
@@ -86,10 +116,7 @@ def page_kernel(  # type: ignore[no-untyped-def]
     experts, slots = tl.arange(0, EXPERTS_P), tl.arange(0, SLOTS_P)
     is_expert = experts < NUM_EXPERTS
     step, num_active = tl.load(step_ptr), tl.load(num_active_ptr)
-    rows, choices = tl.arange(0, ROWS_P)[:, None], tl.arange(0, TOP_K_P)[None, :]
-    active = (rows < num_active) & (choices < TOP_K)
-    ids = tl.load(ids_ptr + rows * TOP_K + choices, mask=active, other=0).to(tl.int32)
-    needed = (tl.histogram(tl.ravel(ids), EXPERTS_P, mask=tl.ravel(active)) > 0) & is_expert
+    needed = _is_needed(ids_ptr, num_active, TOP_K, ROWS_P, TOP_K_P, EXPERTS_P) & is_expert
     slot_of = tl.load(slot_of_ptr + experts, mask=is_expert, other=-1)
     unused = tl.load(unused_ptr + experts, mask=is_expert, other=0)
     expert_in = tl.load(expert_in_ptr + slots, mask=slots < NUM_SLOTS, other=-1)
@@ -102,13 +129,11 @@ def page_kernel(  # type: ignore[no-untyped-def]
     if BY_HEAT:
         slot_heat = tl.load(heat_ptr + expert_in, mask=is_occupied, other=0.0)
         slot_heat = _heat_now(slot_heat, stamps, step, HALF_LIFE)
-        value = slot_heat.to(tl.int32, bitcast=True).to(
-            tl.int64
-        )  # bits of floats from 0 up sort like the floats
+        value = slot_heat.to(tl.int32, bitcast=True).to(tl.int64)  # floats from 0 up sort like their bits
     else:
         value = stamps
     if FIRST:
-        _count_missed_pairs(slot_of_ptr, ids, active, row_missed_ptr, num_active, ROWS_P)
+        _count_missed_pairs(ids_ptr, num_active, slot_of_ptr, row_missed_ptr, TOP_K, ROWS_P, TOP_K_P)
     else:
         needed = needed & (tl.load(done_ptr + experts, mask=is_expert, other=1) == 0)
 
@@ -269,10 +294,8 @@ def list_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The distinct experts of a step, where all are resident."""
     experts = tl.arange(0, EXPERTS_P)
-    rows, choices = tl.arange(0, ROWS_P)[:, None], tl.arange(0, TOP_K_P)[None, :]
-    active = (rows < tl.load(num_active_ptr)) & (choices < TOP_K)
-    ids = tl.load(ids_ptr + rows * TOP_K + choices, mask=active, other=0).to(tl.int32)
-    needed = (tl.histogram(tl.ravel(ids), EXPERTS_P, mask=tl.ravel(active)) > 0) & (experts < NUM_EXPERTS)
+    needed = _is_needed(ids_ptr, tl.load(num_active_ptr), TOP_K, ROWS_P, TOP_K_P, EXPERTS_P)
+    needed = needed & (experts < NUM_EXPERTS)
     count = tl.sum(needed.to(tl.int32), axis=0)
     tl.store(experts_ptr + tl.cumsum(needed.to(tl.int32), axis=0) - 1, experts, mask=needed)
     tl.store(num_ptr, count)

@@ -116,13 +116,18 @@ def slot_model(
 
 
 def start_engine(
-    model: SlotModel, *, prefetch: bool = True, limits: EngineLimits | None = None, **engine: Any
+    model: SlotModel,
+    *,
+    prefetch: bool = True,
+    limits: EngineLimits | None = None,
+    top_k: int = TOP_K,
+    **engine: Any,
 ) -> Harness:
     limits = limits or EngineLimits(max_batch_size=4, prefill_chunk_tokens=5, max_queued_requests=8)
     runner = ModelRunner(model, limits.max_batch_size + 1, max_tokens=128)
     prefetcher = new_prefetcher(model) if prefetch else None
     runner.run([RowInput(0, 0, (0,))], Pass(1))
-    decoder = new_decoder(model, runner, limits.max_batch_size, TOP_K, engine.get("predicted_routing"))
+    decoder = new_decoder(model, runner, limits.max_batch_size, top_k, engine.get("predicted_routing"))
     built = Engine(runner, decoder, model.pager, model.clock, limits, prefetcher=prefetcher, **engine)
     built.start()
     return Harness(built, model)

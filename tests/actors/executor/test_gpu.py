@@ -48,6 +48,23 @@ def test_mixed_batch_generates_the_librarys_tokens(family: str, tmp_path: Path) 
             harness.engine.stop()
 
 
+@pytest.mark.parametrize("num_slots", [20, 32])
+def test_padded_buckets_of_a_large_batch_generate_the_librarys_tokens(num_slots: int, tmp_path: Path) -> None:
+    """Between two buckets, most rows of the larger one are padding."""
+    folder = make_checkpoint("qwen3_moe", tmp_path, num_experts=32, num_experts_per_tok=8)
+    reference = library_model(folder).to("cuda")
+    prompts = [[(7 * row + 3 * place) % 120 + 1 for place in range(3 + row % 4)] for row in range(20)]
+    expected = [library_greedy(reference, prompt, NUM_TOKENS) for prompt in prompts]
+    limits = EngineLimits(max_batch_size=32, prefill_chunk_tokens=200, max_queued_requests=64)
+    harness = start_engine(
+        slot_model(folder, num_slots, device="cuda", on_device=True), top_k=8, limits=limits
+    )
+    try:
+        assert harness.generate(prompts, max_tokens=NUM_TOKENS) == expected
+    finally:
+        harness.engine.stop()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe"])
 def test_captured_steps_are_bit_equal_to_all_resident(

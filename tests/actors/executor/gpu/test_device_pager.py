@@ -134,6 +134,25 @@ def test_padding_rows_need_nothing(device: str) -> None:
     assert pager.row_missed[:2].tolist() == [2, 0]
 
 
+@pytest.mark.parametrize("num_slots", [40, 64])
+def test_padding_of_a_large_batch_needs_nothing(device: str, num_slots: int) -> None:
+    """Large enough for several elements in a thread, whose order Triton may change."""
+    num_experts, top_k = 64, 8
+    memory = torch.zeros(num_experts, LAYOUT.slab_bytes, dtype=torch.uint8)
+    source = NumberedSource()
+    source._slabs = {(0, expert_id): memory[expert_id] for expert_id in range(num_experts)}
+    pools = [SlotPool(LAYOUT, num_slots, torch.device(device))]
+    pager = DevicePager(source, pools, num_experts, HostExperts(source, 1, num_experts, torch.device(device)))
+    if pager.holds_all:
+        pager.load_all()
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(32)])
+    for num_active in (1, 3, 4):
+        waves = page(pager, 0, ids, num_active)
+        assert set().union(*waves) == set(ids[:num_active].flatten().tolist()), num_active
+    pager.close()
+
+
 def test_rows_know_how_many_of_their_experts_were_absent(device: str) -> None:
     pager = make_device_pager(4, "lru", device)
     page(pager, 0, torch.tensor([[0, 1]]))
