@@ -22,7 +22,8 @@ from actors.executor.gpu.fused_step import FusedStep, fuses
 from actors.executor.gpu.graph_decoder import GraphDecoder, bucket_sizes
 from actors.executor.gpu.host_experts import HostExperts
 from actors.executor.gpu.library_step import LibraryStep
-from actors.executor.gpu.pager import MAX_PREFETCHED, DevicePager
+from actors.executor.gpu.pager import DevicePager
+from actors.executor.gpu.prefetch_governor import PrefetchGovernor
 from actors.executor.model_loader import SlotModel, attach_slots, load_dense_model
 from actors.executor.pager import LayerCounters
 from actors.executor.passes import Pass
@@ -218,9 +219,10 @@ class PagedDecoding:
         decoder = self._decoders[table is not None, case.prefetch]
         self._pager.state.heat.zero_()
         self._pager.state.counters.zero_()
-        self._pager._budget.fill(MAX_PREFETCHED)
-        self._pager.prefetch_budget.fill_(MAX_PREFETCHED)
-        decoder._governor = decoder._new_governor(decoder._governor.break_even)
+        judged = decoder._governor
+        decoder._governor = PrefetchGovernor(self.host.num_layers, judged.break_even, judged.most)
+        self._pager._budget.fill(judged.most)
+        self._pager.prefetch_budget.fill_(judged.most)
         self._pager.refresh()
         for sequence in self._sequences[: case.batch]:
             decoder.first(sequence, self._first_logits[sequence.row])

@@ -19,7 +19,11 @@ from actors.executor.decoder import Drawn, PendingStep, StepResult
 from actors.executor.gpu.captured_pass import CapturedPass, Foresee, Reroute
 from actors.executor.gpu.device_sampler import RowSampling, sample_tokens
 from actors.executor.gpu.pager import MAX_PREFETCHED, MAX_ROWS, DevicePager
-from actors.executor.gpu.prefetch_governor import PrefetchGovernor, break_even_precision
+from actors.executor.gpu.prefetch_governor import (
+    PrefetchGovernor,
+    affordable_prefetches,
+    break_even_precision,
+)
 from actors.executor.passes import PassClock
 from actors.executor.sequence import Sequence
 from common.generation import TokenLogprobs
@@ -67,7 +71,7 @@ class GraphDecoder:
         ).unbind()
         self._buckets = {size: _Bucket.of(size, num_rows, device) for size in bucket_sizes(num_rows)}
         self._refreshed_at_s = 0.0
-        self._governor = self._new_governor(break_even=0.5)
+        self._governor = PrefetchGovernor(clock.num_layers, break_even=0.5, most=1)
 
     @torch.inference_mode()
     def capture(self, logger: logging.Logger | None = None) -> None:
@@ -94,8 +98,10 @@ class GraphDecoder:
         self._govern_prefetching()
         if logger is not None:
             logger.info(
-                "Captured %d decode graphs in %.1f s; a step prefetches for a layer while %.0f%% of that is needed",
-                len(self._buckets), time.perf_counter() - started, 100 * self._governor.break_even,
+                "Captured %d decode graphs in %.1f s; steps prefetch up to %d experts for a layer, "
+                "as long as %.0f%% of them are needed",
+                len(self._buckets), time.perf_counter() - started, self._governor.most,
+                100 * self._governor.break_even,
             )  # fmt: skip
 
     def _govern_prefetching(self) -> None:
@@ -109,10 +115,13 @@ class GraphDecoder:
             graph.replay()
         torch.cuda.synchronize()
         window_s = (time.perf_counter() - started) / (_TIMED_STEPS * self._clock.num_layers)
-        self._governor = self._new_governor(break_even_precision(self._pager.copy_time_s(), window_s))
-
-    def _new_governor(self, break_even: float) -> PrefetchGovernor:
-        return PrefetchGovernor(self._clock.num_layers, break_even, MAX_PREFETCHED)
+        copy_s = self._pager.copy_time_s()
+        self._governor = PrefetchGovernor(
+            self._clock.num_layers,
+            break_even_precision(copy_s, window_s),
+            affordable_prefetches(copy_s, window_s, MAX_PREFETCHED),
+        )
+        self._pager.review_prefetching(self._governor)
 
     @torch.inference_mode()
     def first(self, sequence: Sequence, logits: Tensor) -> Drawn:

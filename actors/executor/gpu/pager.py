@@ -279,19 +279,20 @@ class DevicePager:
 
     def _load_missing(self, layer: int, expert_ids: Sequence[int], keep: Collection[int]) -> list[int]:
         """Returns: the experts whose copies were queued."""
-        slot_of, counters = self._mirror.slot_of[layer].numpy(), self._mirror.counters[layer].numpy()
-        absent = [expert_id for expert_id in expert_ids if slot_of[expert_id] == ABSENT]
-        loaded = [expert_id for expert_id in absent if self._load(layer, expert_id, keep)]
-        counters[[_MISSES, _FETCHED]] += len(loaded)
+        absent = [expert_id for expert_id in expert_ids if not self._is_resident(layer, expert_id)]
+        loaded = self._load(layer, absent, keep)
+        self._mirror.counters[layer].numpy()[[_MISSES, _FETCHED]] += len(loaded)
         return loaded
 
     def prefetch(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
-        mirror = self._mirror
-        if mirror.slot_of[layer].numpy()[expert_id] != ABSENT or not self._load(layer, expert_id, keep):
+        if self._is_resident(layer, expert_id) or not self._load(layer, [expert_id], keep):
             return False
-        mirror.counters[layer].numpy()[_PREFETCHED] += 1
-        mirror.unused[layer].numpy()[expert_id] = 1
+        self._mirror.counters[layer].numpy()[_PREFETCHED] += 1
+        self._mirror.unused[layer].numpy()[expert_id] = 1
         return True
+
+    def _is_resident(self, layer: int, expert_id: int) -> bool:
+        return bool(self._mirror.slot_of[layer].numpy()[expert_id] != ABSENT)
 
     def load_all(self) -> None:
         """Fill the slots with the first experts of every layer: all of them where all fit, each in its own slot."""
@@ -300,18 +301,46 @@ class DevicePager:
                 for expert_id in range(self.num_slots):
                     self.prefetch(layer, expert_id, keep=range(expert_id))
 
-    def _load(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
-        """Queue the copy of an absent expert. Returns: whether a slot could be had."""
-        slab = self.source.fetch(layer, expert_id)
-        slot = self._take_slot(layer, keep)
-        if slot is None:
-            return False
-        with self._copies.copying(layer, slot) if self._copies is not None else nullcontext():
-            self._experts.copy(slab, self._pools[layer].elements[slot])
+    def _load(self, layer: int, expert_ids: Sequence[int], keep: Collection[int]) -> list[int]:
+        """Queue the copies of absent experts. Returns: those for which a slot could be had."""
         mirror = self._mirror
-        mirror.slot_of[layer].numpy()[expert_id], mirror.expert_in[layer].numpy()[slot] = slot, expert_id
-        self._stamp(layer, [expert_id], self._heat_now(layer))
-        return True
+        slot_of, expert_in = mirror.slot_of[layer].numpy(), mirror.expert_in[layer].numpy()
+        heat = self._heat_now(layer)
+        loaded = []
+        for expert_id, slot in zip(expert_ids, self._slots_to_take(layer, heat, keep), strict=False):
+            slab = self.source.fetch(layer, expert_id)
+            self._evict(layer, slot)
+            with self._copies.copying(layer, slot) if self._copies is not None else nullcontext():
+                self._experts.copy(slab, self._pools[layer].elements[slot])
+            slot_of[expert_id], expert_in[slot] = slot, expert_id
+            self._stamp(layer, [expert_id], heat)
+            loaded.append(expert_id)
+        return loaded
+
+    def _slots_to_take(self, layer: int, heat: NDArray[np.float32], keep: Collection[int]) -> list[int]:
+        """Slots without an expert of `keep`, in the order of eviction of `paging_kernels`."""
+        mirror = self._mirror
+        expert_in, stamps = mirror.expert_in[layer].numpy(), mirror.stamps[layer].numpy()
+        value = heat if self._order.by_heat else stamps
+        fresh = mirror.unused[layer].numpy().astype(bool) & (stamps == mirror.step.numpy())
+        reading_layer, reading = self._reading
+        kept = {*keep, *reading} if reading_layer == layer else set(keep)
+        free = np.flatnonzero(expert_in == ABSENT)
+        occupied = [slot for slot in np.flatnonzero(expert_in != ABSENT) if expert_in[slot] not in kept]
+        experts = expert_in[occupied]
+        order = np.lexsort((experts, value[experts], fresh[experts]))
+        return [*free.tolist(), *np.array(occupied, np.int64)[order].tolist()]
+
+    def _evict(self, layer: int, slot: int) -> None:
+        mirror = self._mirror
+        expert_id = int(mirror.expert_in[layer].numpy()[slot])
+        if expert_id == ABSENT:
+            return
+        counters, unused = mirror.counters[layer].numpy(), mirror.unused[layer].numpy()
+        counters[[_EVICTIONS, _WASTED]] += (1, unused[expert_id])
+        unused[expert_id] = 0
+        mirror.slot_of[layer].numpy()[expert_id] = ABSENT
+        mirror.expert_in[layer].numpy()[slot] = ABSENT
 
     def _heat_now(self, layer: int) -> NDArray[np.float32]:
         mirror = self._mirror
@@ -322,28 +351,6 @@ class DevicePager:
     def _stamp(self, layer: int, expert_ids: Sequence[int], heat: NDArray[np.float32]) -> None:
         self._mirror.heat[layer].numpy()[expert_ids] = heat[expert_ids]
         self._mirror.stamps[layer].numpy()[expert_ids] = self._mirror.step.numpy()
-
-    def _take_slot(self, layer: int, keep: Collection[int]) -> int | None:
-        """The slot of the first victim outside `keep`, in the order of `paging_kernels`."""
-        mirror = self._mirror
-        expert_in = mirror.expert_in[layer].tolist()
-        if ABSENT in expert_in:
-            return int(expert_in.index(ABSENT))
-        values = (self._heat_now(layer) if self._order.by_heat else mirror.stamps[layer].numpy()).tolist()
-        kept = set(keep)
-        reading_layer, reading = self._reading
-        if reading_layer == layer:
-            kept.update(reading)
-        counters, unused = mirror.counters[layer].numpy(), mirror.unused[layer].numpy()
-        fresh = unused.astype(bool) & (mirror.stamps[layer] == mirror.step).numpy()
-        candidates = [(fresh[e], values[e], e) for e in expert_in if e not in kept]
-        if not candidates:
-            return None
-        victim = min(candidates)[-1]
-        counters[[_EVICTIONS, _WASTED]] += (1, unused[victim])
-        unused[victim] = 0
-        mirror.slot_of[layer].numpy()[victim] = ABSENT
-        return int(expert_in.index(victim))
 
     # Passes that page by themselves, queued or captured on the current stream.
 

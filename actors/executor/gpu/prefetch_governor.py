@@ -19,6 +19,11 @@ def break_even_precision(copy_s: float, window_s: float) -> float:
     return max(_LEAST_PRECISION, 1.0 - window_s / copy_s)
 
 
+def affordable_prefetches(copy_s: float, window_s: float, most: int) -> int:
+    """How many copies fit beside the compute of one layer, at least one: what exceeds the window delays the layer."""
+    return min(most, max(1, round(window_s / copy_s)))
+
+
 class PrefetchGovernor:
     """
     Args:
@@ -26,8 +31,7 @@ class PrefetchGovernor:
     """
 
     def __init__(self, num_layers: int, break_even: float, most: int) -> None:
-        self.break_even = break_even
-        self._most = most
+        self.break_even, self.most = break_even, most
         self._reviews_off = np.zeros(num_layers, np.int64)  # 0: switched on
         self._judged = np.zeros((2, num_layers), np.int64)  # prefetched, used: up to the last judgement
 
@@ -45,4 +49,4 @@ class PrefetchGovernor:
         self._judged = np.where(has_sample, np.stack([prefetched, used]), self._judged)
         waited = np.where(self._reviews_off > 0, self._reviews_off + 1, 0) % (_PROBE_EVERY + 1)
         self._reviews_off = np.where(fails, 1, waited)
-        return np.where(self._reviews_off > 0, 0, self._most).astype(np.int32)
+        return np.where(self._reviews_off > 0, 0, self.most).astype(np.int32)

@@ -3,12 +3,23 @@
 import numpy as np
 import pytest
 
-from actors.executor.gpu.prefetch_governor import PrefetchGovernor, break_even_precision
+from actors.executor.gpu.prefetch_governor import (
+    PrefetchGovernor,
+    affordable_prefetches,
+    break_even_precision,
+)
 
 
 def test_break_even_weighs_what_is_hidden_against_what_is_in_the_way() -> None:
     assert break_even_precision(copy_s=200e-6, window_s=80e-6) == pytest.approx(0.6)
     assert break_even_precision(copy_s=30e-6, window_s=80e-6) == 0.1, "wrong guesses cost nothing there"
+
+
+def test_no_more_is_prefetched_than_fits_beside_the_compute() -> None:
+    assert affordable_prefetches(copy_s=35e-6, window_s=40e-6, most=4) == 1
+    assert affordable_prefetches(copy_s=10e-6, window_s=33e-6, most=4) == 3
+    assert affordable_prefetches(copy_s=1e-6, window_s=50e-6, most=4) == 4
+    assert affordable_prefetches(copy_s=200e-6, window_s=50e-6, most=4) == 1, "if it guesses well enough"
 
 
 def test_layer_that_guesses_badly_is_switched_off_alone() -> None:
