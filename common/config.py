@@ -82,7 +82,8 @@ class ServingConfig(BaseModel):
     expert_slots: Annotated[SlotBudget, BeforeValidator(_parse_slots)] = _option(
         SlotBudget.parse("50%"),
         SLOTS_ALLOWED,
-        "Experts that an executor holds on its device at once; the rest stay in host memory.",
+        "Experts that an executor holds on its device at once; the rest stay in host memory. auto: as many as fit on "
+        "the GPU beside weights, KV cache and decode graphs; on cpu half of them.",
     )
     routing: Literal["exact", "predicted"] = _option(
         "exact",

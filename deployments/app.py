@@ -123,9 +123,10 @@ def _check_model(config: ServingConfig) -> MoeArchitecture:
     architecture = describe_architecture(config.model)
     dtype = config.compute_dtype(config.device, model_config.dtype or torch.float32)
     slot_bytes = ExpertLayout.from_shapes(architecture.expert_shapes, dtype).slab_bytes
-    config.expert_slots.slots_per_layer(
-        architecture.num_layers, architecture.num_experts, slot_bytes, architecture.top_k
-    )
+    if not config.expert_slots.is_auto:  # what fits is for the executors to see, on their devices
+        config.expert_slots.slots_per_layer(
+            architecture.num_layers, architecture.num_experts, slot_bytes, architecture.top_k
+        )
     return architecture
 
 

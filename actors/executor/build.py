@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from actors.executor.decoder import Decoder, HostDecoder
+from actors.executor.device_memory import CudaMeter, measure_memory, slots_that_fit
 from actors.executor.engine import Engine, EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import ExpertSource
@@ -23,9 +24,10 @@ from actors.executor.prefetcher import Prefetcher, QueueingPrefetcher, ThreadedP
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.slots import SlotPool
 from actors.predictor.hash_function import find_hash_function, load_hash_function
-from common.architecture import describe_architecture
+from common.architecture import MoeArchitecture, describe_architecture
 from common.config import ServingConfig
 from common.errors import ConfigError, HostRegistrationError
+from common.expert_layout import ExpertLayout
 from common.tokenizer import load_tokenizer
 
 
@@ -44,12 +46,6 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
     device = torch.device(_resolve_device(config.device))
     dtype = config.compute_dtype(device.type, source.layout.dtype)
     layout = source.layout.with_dtype(dtype)
-    num_slots = config.expert_slots.slots_per_layer(
-        architecture.num_layers, architecture.num_experts, layout.slab_bytes, architecture.top_k
-    )
-    model = load_dense_model(config.model, dtype, device)
-    slot_model = attach_slots(model, layout, num_slots, partial(new_pager, config, source, device))
-    routing = _predicted_routing(config) if config.routing == "predicted" else None
     limits = EngineLimits(
         config.max_batch_size,
         config.prefill_chunk_tokens,
@@ -57,6 +53,16 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
         config.max_stall_ms / 1e3,
     )
     max_tokens = config.context_limit(architecture.max_context_tokens)
+    num_slots = None
+    if not config.expert_slots.is_auto:
+        num_slots = config.expert_slots.slots_per_layer(
+            architecture.num_layers, architecture.num_experts, layout.slab_bytes, architecture.top_k
+        )
+    model = load_dense_model(config.model, dtype, device)
+    if num_slots is None:
+        num_slots = auto_slots(config, model, architecture, layout, limits, max_tokens, logger)
+    slot_model = attach_slots(model, layout, num_slots, partial(new_pager, config, source, device))
+    routing = _predicted_routing(config) if config.routing == "predicted" else None
     runner = ModelRunner(slot_model, limits.max_batch_size + 1, max_tokens)
     # Allocates the KV cache, and fails here rather than for a user.
     runner.run([RowInput(0, 0, (0,))], Pass(1))
@@ -79,6 +85,31 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
         prefetcher=new_prefetcher(slot_model) if config.prefetch else None,
         predicted_routing=routing,
     )
+
+
+def auto_slots(
+    config: ServingConfig,
+    model: PreTrainedModel,
+    architecture: MoeArchitecture,
+    layout: ExpertLayout,
+    limits: EngineLimits,
+    max_tokens: int,
+    logger: logging.Logger,
+) -> int:
+    """The slots per layer that `expert_slots=auto` means for a model that has none yet.
+
+    Raises:
+        ConfigError: too few fit on the device.
+    """
+    if model.device.type != "cuda":
+        # All experts lie in this memory already, and a slot is a second copy.
+        return max(architecture.top_k, architecture.num_experts // 2)
+    on_device = config.routing == "exact"
+    memory = measure_memory(
+        model, architecture, layout, limits, max_tokens, on_device, CudaMeter(model.device)
+    )
+    logger.info("expert_slots=auto: %s", memory)
+    return slots_that_fit(config.expert_slots, architecture, layout.slab_bytes, memory)
 
 
 def new_pager(
@@ -126,21 +157,26 @@ def new_decoder(
     prefetch: bool = True,
     logger: logging.Logger | None = None,
 ) -> Decoder:
-    """Captured graphs where the device pages by itself. Routing by tables needs the host at every step.
+    """Captured graphs where the device pages by itself; the runner then reads prompts with the same fused kernels.
+
+    Routing by tables needs the host at every step.
 
     Args:
         runner: has run a pass, so that its cache is allocated.
     """
     if isinstance(slot_model.pager, HostPager) or routing is not None:
         return HostDecoder(runner, routing)
-    from actors.executor.gpu.fused_step import FusedStep, fuses
-    from actors.executor.gpu.graph_decoder import GraphDecoder, NotCapturableError
+    from actors.executor.gpu.fused_model import FusedModel, fuses
+    from actors.executor.gpu.graph_decoder import DecodeStep, GraphDecoder, NotCapturableError
     from actors.executor.gpu.library_step import LibraryStep
     from actors.executor.gpu.pager import DevicePager
 
     assert isinstance(slot_model.pager, DevicePager)
     model, cache, clock = slot_model.model, runner.cache, slot_model.clock
-    step = FusedStep(model, cache, clock) if fuses(model) else LibraryStep(model, cache)
+    step: DecodeStep = LibraryStep(model, cache)
+    if fuses(model):
+        fused = FusedModel(model, cache, clock)
+        step, runner.prompt_forward = fused.decode, fused.prefill
     decoder = GraphDecoder(
         step, slot_model.pager, clock, num_rows, runner.max_tokens, top_k, model.device, prefetch
     )

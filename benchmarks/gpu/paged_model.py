@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.executor.expert_source import CheckpointExpertSource, ExpertSource
 from actors.executor.experts_hook import _ATTRIBUTE
-from actors.executor.gpu.fused_step import FusedStep, fuses
-from actors.executor.gpu.graph_decoder import GraphDecoder, bucket_sizes
+from actors.executor.gpu.fused_model import FusedModel, fuses
+from actors.executor.gpu.graph_decoder import DecodeStep, GraphDecoder, bucket_sizes
 from actors.executor.gpu.host_experts import HostExperts
 from actors.executor.gpu.library_step import LibraryStep
 from actors.executor.gpu.pager import DevicePager
@@ -166,6 +166,12 @@ class PagedDecoding:
         assert isinstance(self._slot_model.pager, DevicePager)
         self._pager = self._slot_model.pager
         self._runner = ModelRunner(self._slot_model, shape.rows + 1, max_tokens)
+        self._runner.run([RowInput(0, 0, (0,))], Pass(1))  # allocates the cache
+        model, cache = self._slot_model.model, self._runner.cache
+        self._step: DecodeStep = LibraryStep(model, cache)
+        if fuses(model):
+            fused = FusedModel(model, cache, self._slot_model.clock)
+            self._step, self._runner.prompt_forward = fused.decode, fused.prefill
         self._sequences = [_sequence(row, prompt, sampling) for row, prompt in enumerate(prompts)]
         self._first_logits: dict[int, Tensor] = {}  # by row, [1, vocab]
         self._decoders: dict[tuple[bool, bool], GraphDecoder] = {}  # by: a table routes, prefetch
@@ -192,14 +198,12 @@ class PagedDecoding:
 
     def capture(self, cases: SequenceOf[Case], tables: Mapping[str, Table | None]) -> None:
         """Capture the graphs of these cases; prompts have been read."""
-        model, cache, clock = self._slot_model.model, self._runner.cache, self._slot_model.clock
-        step = FusedStep(model, cache, clock) if fuses(model) else LibraryStep(model, cache)
         batches = defaultdict(set)
         for case in cases:
             batches[tables[case.routing] is not None, case.prefetch].add(case.batch)
         for (by_table, prefetch), needed in batches.items():
             decoder = GraphDecoder(
-                step, self._pager, clock, self._num_rows, self._runner.max_tokens, self.host.top_k,
+                self._step, self._pager, self._slot_model.clock, self._num_rows, self._runner.max_tokens, self.host.top_k,
                 self.host.device, prefetch,
                 reroute=self._table_routing.reroute if by_table else None,
                 foresee=self._table_routing.foresee if by_table else None,

@@ -137,7 +137,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_every_number_of_slots_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "results.json", tmp_path / "results.png"
-    sizes = "--device cpu --tiny --layers 2 --prompt-tokens 4 --prefill-tokens 12 --prefill-runs 1"
+    sizes = "--device cpu --tiny --layers 2 --prompt-tokens 2 --prefill-tokens 6 --prefill-runs 1"
     effort = "--warmup 2 --steps 1 --runs 1 --slots 12.5% 50% 100% --batch 1 --routing natural zipf1.0"
     ahead = "--prefetch on off --foresight 0.7"
     command = f"{sizes} {effort} {ahead} --out {out} --plot {picture}"

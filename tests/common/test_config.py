@@ -40,6 +40,7 @@ def test_reads_the_text_of_a_command_line() -> None:
 def test_reads_the_typed_values_of_a_yaml_file() -> None:
     read = config(expert_slots=16, prefetch=False, max_batch_size=4, redis_url=None)
     assert read.expert_slots.amount == 16
+    assert config(expert_slots="auto").expert_slots.is_auto
     assert read.redis_url is None
 
 

@@ -52,5 +52,32 @@ def test_refuses_more_slots_than_experts() -> None:
         slots("33")
 
 
+@pytest.mark.parametrize(
+    ("available_bytes", "expected"), [(60_000, 10), (65_999, 10), (24_000, 4), (10**9, 32)]
+)
+def test_auto_is_what_fits(available_bytes: int, expected: int) -> None:
+    budget = SlotBudget.parse(" Auto ")
+    assert budget.is_auto and str(budget) == "Auto"
+    assert budget.slots_per_layer(6, 32, 1000, 4, available_bytes) == expected
+
+
+@pytest.mark.parametrize(("available_bytes", "slots"), [(23_999, 3), (0, 0), (-5, 0)])
+def test_auto_refuses_fewer_slots_than_one_token_needs(available_bytes: int, slots: int) -> None:
+    with pytest.raises(SlotsTooFewError) as caught:
+        SlotBudget.parse("auto").slots_per_layer(6, 32, 1000, 4, available_bytes)
+    assert caught.value.slots == slots
+
+
+def test_auto_needs_to_know_what_is_available() -> None:
+    with pytest.raises(ConfigError, match="expert_slots='auto' .* what fits is not known here"):
+        slots("auto")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("16", 16), ("25%", 8), ("60kB", 10), ("all", 32)])
+def test_only_auto_looks_at_what_is_available(text: str, expected: int) -> None:
+    assert not SlotBudget.parse(text).is_auto
+    assert SlotBudget.parse(text).slots_per_layer(6, 32, 1000, 4, available_bytes=0) == expected
+
+
 def test_keeps_the_text_of_the_user() -> None:
     assert str(SlotBudget.parse(" 12GiB ")) == "12GiB"

@@ -74,6 +74,11 @@ def test_names_too_few_and_too_many_slots(folder: Path) -> None:
     assert "one token needs" in message(model=folder, expert_slots="1kB")
 
 
+def test_leaves_it_to_the_executors_what_fits(folder: Path) -> None:
+    args = {"model": str(folder), "device": "cuda", "expert_slots": "auto"}
+    assert checked_config(args)[0].expert_slots.is_auto
+
+
 def test_names_a_context_above_the_models(folder: Path) -> None:
     assert message(model=folder, max_context_tokens=10_000_000).startswith("max_context_tokens=10000000")
 

@@ -1,6 +1,7 @@
-"""One decode step in fused kernels, for families whose decoder layers are plain pre-norm attention and routed experts.
+"""Decode steps and prompts in fused kernels, for families whose layers are plain pre-norm attention and routed experts.
 
-The library's modules keep the weights; prompts go through them. Every other family decodes through `LibraryStep`.
+The library's modules keep the weights. Every other family decodes through `LibraryStep` and reads prompts through its own
+modules.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from actors.executor.families import window_of_layer
@@ -22,7 +24,7 @@ _FAMILIES = ("qwen3_moe", "mixtral")
 
 
 def fuses(model: PreTrainedModel) -> bool:
-    """Whether `FusedStep` computes what the model's own modules do."""
+    """Whether `FusedModel` computes what the model's own modules do."""
     return model.config.model_type in _FAMILIES
 
 
@@ -43,10 +45,10 @@ class _Layer:
     scaling: float
 
 
-class FusedStep:
+class FusedModel:
     """
     Args:
-        cache: of whose rows a step writes one position each; its layers are allocated.
+        cache: whose rows are read and written; its layers are allocated.
         clock: names the running pass.
     """
 
@@ -70,19 +72,73 @@ class FusedStep:
         self._num_experts = len(routers[0])
         self._routers = _joined(routers)  # [layers * experts, hidden]: two layers' routers are one matrix
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """Args: [batch] int64 each, on the device. Returns: [batch, vocab] float32 logits."""
-        x = self._decoder.embed_tokens(token_ids)  # [batch, hidden]
-        cos, sin = self._decoder.rotary_emb(x.unsqueeze(1), positions.unsqueeze(1))
-        rotation = (cos.squeeze(1).contiguous(), sin.squeeze(1).contiguous())
-        delta = None
+    def decode(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """Queue one token of each of several rows, without a host synchronisation.
+
+        Args:
+            token_ids, positions, rows: [batch] int64, on the device.
+        Returns:
+            [batch, vocab] float32 logits.
+        """
+        rotation, x, delta = self._rotation(positions), self._decoder.embed_tokens(token_ids), None
         for index, layer in enumerate(self._layers):
             normed, x = rms_norm(x, layer.input_norm, self._eps, delta)
             delta = self._attend(layer, index, normed, rotation, positions, rows)
             normed, x = rms_norm(x, layer.post_norm, self._eps, delta)
             delta = layer.mlp(normed) if layer.moe_layer is None else self._route(layer, normed)
+        return self._logits(x, delta)
+
+    def prefill(self, token_ids: Tensor, start: int, row: int) -> Tensor:
+        """Read consecutive tokens of one row in a pass that the host drives.
+
+        Args:
+            token_ids: [tokens] int64, on the device; the first stands at position `start`.
+        Returns:
+            [1, vocab] float32 logits of the last token.
+        """
+        positions = torch.arange(start, start + len(token_ids), device=token_ids.device)
+        rows = torch.full_like(positions, row)
+        rotation, x, delta = self._rotation(positions), self._decoder.embed_tokens(token_ids), None
+        masks = {
+            window: _mask(positions, start, window) for window in {layer.window for layer in self._layers}
+        }
+        for index, layer in enumerate(self._layers):
+            normed, x = rms_norm(x, layer.input_norm, self._eps, delta)
+            keys, values = self._cache.of_layer(index)
+            qkv = functional.linear(normed, layer.qkv, layer.qkv_bias)
+            q = self._rotate(layer, qkv, rotation, positions, rows, keys, values)
+            stop = start + len(token_ids)
+            seen = (keys[row, :, :stop], values[row, :, :stop])
+            attended = _attend_to_prompt(q, *seen, masks[layer.window], layer.scaling)
+            delta = functional.linear(attended, layer.output.weight, layer.output.bias)
+            normed, x = rms_norm(x, layer.post_norm, self._eps, delta)
+            delta = layer.mlp(normed) if layer.moe_layer is None else self._route_prompt(layer, normed)
+        assert delta is not None, "a model has layers"
+        return self._logits(x[-1:].contiguous(), delta[-1:].contiguous())
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every token's position, [tokens, rotary_dim] each."""
+        like = self._decoder.embed_tokens.weight[:1].unsqueeze(1)  # of the model's dtype and device
+        cos, sin = self._decoder.rotary_emb(like, positions.unsqueeze(0))
+        return cos.squeeze(0).contiguous(), sin.squeeze(0).contiguous()
+
+    def _logits(self, x: Tensor, delta: Tensor | None) -> Tensor:
         normed, _ = rms_norm(x, self._decoder.norm.weight, self._eps, delta)
         return linear(normed, self._head, out_dtype=torch.float32)
+
+    def _rotate(
+        self,
+        layer: _Layer,
+        qkv: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        return rotate_and_store(
+            qkv, *rotation, positions, rows, keys, values, layer.q_norm, layer.k_norm, self._eps
+        )
 
     def _attend(
         self,
@@ -95,9 +151,7 @@ class FusedStep:
     ) -> Tensor:
         keys, values = self._cache.of_layer(index)
         qkv = linear(normed, layer.qkv, layer.qkv_bias)
-        q = rotate_and_store(
-            qkv, *rotation, positions, rows, keys, values, layer.q_norm, layer.k_norm, self._eps
-        )
+        q = self._rotate(layer, qkv, rotation, positions, rows, keys, values)
         attended = decode_attention(q, keys, values, rows, positions, layer.scaling, layer.window)
         return linear(attended.flatten(1), layer.output.weight, layer.output.bias)
 
@@ -111,6 +165,36 @@ class FusedStep:
         ids, weights = route(logits, num_experts, self._top_k, self._renormalize, self._weights_dtype)
         next_scores = logits[:, num_experts:] if foresees else None
         return running.run_experts(layer.moe_layer, mlp.experts, normed, ids, weights, next_scores)
+
+    def _route_prompt(self, layer: _Layer, normed: Tensor) -> Tensor:
+        logits = functional.linear(normed, layer.mlp.gate.weight)
+        ids, weights = route(logits, self._num_experts, self._top_k, self._renormalize, self._weights_dtype)
+        output: Tensor = layer.mlp.experts(normed, ids.long(), weights)
+        return output
+
+
+def _mask(positions: Tensor, start: int, window: int | None) -> Tensor | None:
+    """[tokens, positions up to the last] what each token sees; None where that is all before it, from position 0 on."""
+    stop = start + len(positions)
+    if window is None and start == 0:
+        return None
+    keys = torch.arange(stop, device=positions.device)
+    visible = keys <= positions[:, None]
+    return visible if window is None else visible & (keys > positions[:, None] - window)
+
+
+def _attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Args: q: [tokens, heads, head_dim]; keys, values: [kv_heads, positions, head_dim]. Returns: [tokens, heads * dim]."""
+    group = q.shape[1] // keys.shape[0]
+    attended = functional.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        keys.repeat_interleave(group, dim=0).unsqueeze(0),
+        values.repeat_interleave(group, dim=0).unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+    )  # [1, heads, tokens, head_dim]
+    return attended.squeeze(0).transpose(0, 1).flatten(1)
 
 
 def _fused(layer: Any, moe_layer: int | None) -> _Layer:
