@@ -39,7 +39,13 @@ def plot(rows: Sequence[Row], baselines: Sequence[Row], title: str, path: Path) 
         _draw_panel(axis, [row for row in rows if row["routing"] == routing], baselines)
         axis.set_title(f"{routing} routing")
     axes[0][0].set_ylabel("ms per decode step")
-    axes[0][0].legend(fontsize="small", title="solid: measured (min to max)\ndashed: link, dotted: compute")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    lines = "solid: measured (min to max), dashed: link, dotted: compute" + (
+        ", x: library" if baselines else ""
+    )
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small", title=lines
+    )
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -88,7 +94,7 @@ def _draw_panel(axis: Any, rows: Sequence[Row], baselines: Sequence[Row]) -> Non
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.yaxis.set_minor_locator(ticker.NullLocator())
-    axis.set_xlabel("experts in slots on the GPU" + ("; x: library" if baselines else ""))
+    axis.set_xlabel("experts in slots on the GPU")
     axis.grid(alpha=0.3)
 
 
