@@ -58,7 +58,7 @@ class SlotExperts:
         self, experts: nn.Module, hidden: Tensor, ids: Tensor, topk_weights: Tensor, needed: NDArray[np.int64]
     ) -> Tensor:
         with self._pager.reading(self._layer, needed.tolist()) as slot_of:
-            return _grouped_mm(experts, hidden, slot_of[ids].to(hidden.device), topk_weights)
+            return _grouped_mm(experts, hidden, _queued(slot_of[ids], hidden.device), topk_weights)
 
     def _waves(
         self,
@@ -76,10 +76,10 @@ class SlotExperts:
         rows = hidden.new_empty(num_tokens * top_k, hidden.shape[-1])
         for wave, following in zip(waves, (*waves[1:], []), strict=True):
             pairs = torch.isin(pair_ids, torch.tensor(wave)).nonzero().squeeze(1)  # [pairs of this wave]
-            here = pairs.to(hidden.device)
+            here = _queued(pairs, hidden.device)
             with self._pager.reading(self._layer, wave) as slot_of:
                 self._pager.load_ahead(self._layer, following)
-                slots = slot_of[pair_ids[pairs]].unsqueeze(1).to(hidden.device)
+                slots = _queued(slot_of[pair_ids[pairs]].unsqueeze(1), hidden.device)
                 ones = hidden.new_ones(len(pairs), 1)
                 rows[here] = _grouped_mm(experts, hidden[here // top_k], slots, ones)
         weighted = rows * topk_weights.reshape(-1, 1)
@@ -90,6 +90,11 @@ def _split(needed: NDArray[np.int64], resident: NDArray[np.bool_], wave_size: in
     """Waves of experts, the resident ones first so that none of them is evicted unread."""
     order = np.concatenate([needed[resident[needed]], needed[~resident[needed]]])
     return [order[start : start + wave_size].tolist() for start in range(0, len(order), wave_size)]
+
+
+def _queued(indices: Tensor, device: torch.device) -> Tensor:
+    """On the device behind what is queued there: a copy from ordinary memory would first wait for all of it."""
+    return indices if device.type == "cpu" else indices.pin_memory().to(device, non_blocking=True)
 
 
 def _grouped_mm(experts: nn.Module, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
