@@ -88,9 +88,8 @@ class GraphDecoder:
         stream.wait_stream(torch.cuda.current_stream())
         for size in tqdm(sorted(self._buckets, reverse=True), desc="Capturing decode graphs", unit="graph"):
             bucket = self._buckets[size]
-            bucket.num_active.zero_()  # the warm-up compiles every kernel, and moves no expert
             with torch.cuda.stream(stream), _waiting_forbidden():
-                self._queue(bucket)
+                self._queue(bucket)  # compiles every kernel; no row is active yet, so no expert moves
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._queue(bucket)
@@ -179,6 +178,7 @@ class GraphDecoder:
         tokens = sample_tokens(bucket.logits, rows, following, self._sampling)
         self._last_tokens.index_copy_(0, rows, tokens.clamp(min=0))  # -1 is no token that could be embedded
         self._positions.index_copy_(0, rows, following.clamp(max=self._last_position))
+        self._positions[self._num_rows].zero_()  # padding attends to one token, however long this runs
         bucket.outputs[:, 0] = tokens
         bucket.outputs[:, 1] = self._pager.row_missed[: bucket.size]
 
