@@ -41,7 +41,7 @@ class HostPasses:
         pools: one per MoE layer, all with the same number of slots.
         experts: where the device finds the source's experts.
         eviction: a name in EVICTION_ORDERS.
-        poison_free_slots: fill slots with NaN when they are free; for tests.
+        poison_free_slots: fill slots with NaN when they are free, and what experts have yet to compute; for tests.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class HostPasses:
         # Layer and experts of the wave that the host reads, and the experts of the next one that it loads already.
         self._reading: tuple[int, list[int]] = (ABSENT, [])
         self._loaded_ahead: list[int] = []
+        self.poisons = poison_free_slots
         if poison_free_slots:
             for pool in pools:
                 for slot in range(self.num_slots):

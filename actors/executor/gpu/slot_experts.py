@@ -48,15 +48,11 @@ def run_slot_experts(
     Returns:
         [rows, hidden]; undefined for padding rows.
     """
-    outputs = new_pair_outputs(experts, hidden, ids, num_active)
+    kind = KernelPairOutputs if kernels_fit(experts) else LibraryPairOutputs
+    outputs: PairOutputs = kind(experts, hidden, ids, num_active, pager.poisons)
     for wave in pager.waves(layer, ids, num_active, next_scores):
         outputs.add(wave)
     return outputs.combined(weights)
-
-
-def new_pair_outputs(experts: nn.Module, hidden: Tensor, ids: Tensor, num_active: Tensor) -> PairOutputs:
-    kind = KernelPairOutputs if kernels_fit(experts) else LibraryPairOutputs
-    return kind(experts, hidden, ids, num_active)
 
 
 def kernels_fit(experts: Any) -> bool:
@@ -72,12 +68,15 @@ def kernels_fit(experts: Any) -> bool:
 
 
 class KernelPairOutputs:
-    def __init__(self, experts: Any, hidden: Tensor, ids: Tensor, num_active: Tensor) -> None:
+    def __init__(self, experts: Any, hidden: Tensor, ids: Tensor, num_active: Tensor, poisons: bool) -> None:
         self._hidden, self._ids, self._num_active = hidden.contiguous(), ids, num_active
         self._gate_up, self._down = experts.gate_up_proj, experts.down_proj  # [slots, ...], strided
         num_pairs = ids.numel()
         self._activated = hidden.new_empty(num_pairs, self._down.shape[-1])
         self._outputs = hidden.new_empty(num_pairs, hidden.shape[-1])
+        if poisons:  # a pair that no wave computed would show
+            self._activated.fill_(float("nan"))
+            self._outputs.fill_(float("nan"))
 
     def add(self, wave: Wave) -> None:
         hidden_size, intermediate = self._outputs.shape[-1], self._activated.shape[-1]
@@ -102,11 +101,13 @@ class KernelPairOutputs:
 
 
 class LibraryPairOutputs:
-    def __init__(self, experts: nn.Module, hidden: Tensor, ids: Tensor, num_active: Tensor) -> None:
+    def __init__(
+        self, experts: nn.Module, hidden: Tensor, ids: Tensor, num_active: Tensor, poisons: bool
+    ) -> None:
         self._experts, self._ids = experts, ids.reshape(-1).long()  # [pairs]
         self._hidden = hidden.repeat_interleave(ids.shape[1], dim=0)  # [pairs, hidden]
         self._ones = hidden.new_ones(len(self._ids), 1)
-        self._outputs = torch.zeros_like(self._hidden)
+        self._outputs = torch.full_like(self._hidden, float("nan") if poisons else 0.0)
 
     def add(self, wave: Wave) -> None:
         slots = wave.slot_map[self._ids]  # [pairs]
