@@ -21,10 +21,11 @@ from actors.executor.pager import Pager
 from actors.executor.passes import Pass
 from actors.executor.predicted_routing import PredictedRouting
 from actors.executor.prefetcher import Prefetcher, QueueingPrefetcher, ThreadedPrefetcher
+from actors.executor.prompts import HostPrompts, PromptReader
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.slots import SlotPool
 from actors.predictor.hash_function import find_hash_function, load_hash_function
-from common.architecture import MoeArchitecture, describe_architecture
+from common.architecture import MoeArchitecture, describe_architecture, find_experts_modules
 from common.config import ServingConfig
 from common.errors import ConfigError, HostRegistrationError
 from common.expert_layout import ExpertLayout
@@ -66,7 +67,7 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
     runner = ModelRunner(slot_model, limits.max_batch_size + 1, max_tokens)
     # Allocates the KV cache, and fails here rather than for a user.
     runner.run([RowInput(0, 0, (0,))], Pass(1))
-    decoder = new_decoder(
+    prompts, decoder = new_passes(
         slot_model, runner, limits.max_batch_size, architecture.top_k, routing, config.prefetch, logger
     )
     logger.info(
@@ -75,15 +76,14 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
         num_slots * architecture.num_layers * layout.slab_bytes / 1e9, runner.cache.num_bytes() / 1e9,
     )  # fmt: skip
     return Engine(
-        runner,
+        prompts,
         decoder,
         slot_model.pager,
         slot_model.clock,
         limits,
         tokenizer=_fast_tokenizer(config.model),
         eos_ids=eos_ids(slot_model.model),
-        prefetcher=new_prefetcher(slot_model) if config.prefetch else None,
-        predicted_routing=routing,
+        prefetcher=new_prefetcher(slot_model, prompts) if config.prefetch else None,
     )
 
 
@@ -148,7 +148,7 @@ def new_device_pager(
     return pager
 
 
-def new_decoder(
+def new_passes(
     slot_model: SlotModel,
     runner: ModelRunner,
     num_rows: int,
@@ -156,27 +156,31 @@ def new_decoder(
     routing: PredictedRouting | None = None,
     prefetch: bool = True,
     logger: logging.Logger | None = None,
-) -> Decoder:
-    """Captured graphs where the device pages by itself; the runner then reads prompts with the same fused kernels.
-
-    Routing by tables needs the host at every step.
+) -> tuple[PromptReader, Decoder]:
+    """How prompts are read and tokens generated: in passes that page by themselves, decode steps captured, where the
+    device can page. Routing by tables needs the host at every pass.
 
     Args:
         runner: has run a pass, so that its cache is allocated.
     """
     if isinstance(slot_model.pager, HostPager) or routing is not None:
-        return HostDecoder(runner, routing)
+        return HostPrompts(runner, routing), HostDecoder(runner, routing)
+    from actors.executor.gpu.device_prompts import DevicePrompts
     from actors.executor.gpu.fused_model import FusedModel, fuses
     from actors.executor.gpu.graph_decoder import DecodeStep, GraphDecoder, NotCapturableError
     from actors.executor.gpu.library_step import LibraryStep
     from actors.executor.gpu.pager import DevicePager
+    from actors.executor.gpu.slot_experts import kernels_fit
 
     assert isinstance(slot_model.pager, DevicePager)
     model, cache, clock = slot_model.model, runner.cache, slot_model.clock
     step: DecodeStep = LibraryStep(model, cache)
+    prompts: PromptReader = HostPrompts(runner)
     if fuses(model):
         fused = FusedModel(model, cache, clock)
-        step, runner.prompt_forward = fused.decode, fused.prefill
+        step, prompts = fused.decode, DevicePrompts(slot_model, runner, fused.prefill, prefetch)
+    elif all(map(kernels_fit, find_experts_modules(model).values())):
+        prompts = DevicePrompts(slot_model, runner, None, prefetch)
     decoder = GraphDecoder(
         step, slot_model.pager, clock, num_rows, runner.max_tokens, top_k, model.device, prefetch
     )
@@ -185,13 +189,22 @@ def new_decoder(
         decoder.capture(logger)
     except NotCapturableError as error:
         logger.warning("The host drives decoding, without CUDA graphs and several times slower: %s", error)
-        return HostDecoder(runner)
-    return decoder
+        return HostPrompts(runner), HostDecoder(runner)
+    return prompts, decoder
 
 
-def new_prefetcher(slot_model: SlotModel) -> Prefetcher:
-    blocks = isinstance(slot_model.pager, HostPager)
-    return (ThreadedPrefetcher if blocks else QueueingPrefetcher)(slot_model.pager, slot_model.clock)
+def new_prefetcher(slot_model: SlotModel, prompts: PromptReader) -> Prefetcher:
+    """Of the kind that goes with the way prompts are read."""
+    pager, clock = slot_model.pager, slot_model.clock
+    if isinstance(pager, HostPager):
+        return ThreadedPrefetcher(pager, clock)
+    if isinstance(prompts, HostPrompts):
+        return QueueingPrefetcher(pager, clock)
+    from actors.executor.gpu.device_prefetcher import DevicePrefetcher
+    from actors.executor.gpu.pager import DevicePager
+
+    assert isinstance(pager, DevicePager)
+    return DevicePrefetcher(pager, clock)
 
 
 def _predicted_routing(config: ServingConfig) -> PredictedRouting:

@@ -44,11 +44,11 @@ class Decoder(Protocol):
 
     runs_ahead: bool  # a step may be launched before the result of the one before is known
 
-    def first(self, sequence: Sequence, logits: Tensor) -> Drawn:
-        """Draw the token after the prompt, and get the sequence's row ready for decoding.
+    def first(self, sequences: SequenceOf[Sequence], logits: Tensor) -> SequenceOf[Drawn]:
+        """Draw the tokens after some prompts, and get the sequences' rows ready for decoding.
 
         Args:
-            logits: [1, vocab] float32, of the prompt's last token.
+            logits: [sequences, vocab] float32, of each prompt's last token.
         """
 
     def launch(self, batch: SequenceOf[Sequence]) -> PendingStep:
@@ -78,8 +78,8 @@ class HostDecoder:
     def __init__(self, runner: ModelRunner, routing: PredictedRouting | None = None) -> None:
         self._runner, self._routing = runner, routing
 
-    def first(self, sequence: Sequence, logits: Tensor) -> Drawn:
-        return _draw([sequence], logits)[0]
+    def first(self, sequences: SequenceOf[Sequence], logits: Tensor) -> SequenceOf[Drawn]:
+        return _draw(sequences, logits)
 
     def launch(self, batch: SequenceOf[Sequence]) -> PendingStep:
         pass_ = Pass(len(batch), self._routing.of_batch(batch) if self._routing else None)

@@ -17,11 +17,10 @@ from tokenizers import Tokenizer
 
 from actors.executor.decoder import Decoder, Drawn, PendingStep
 from actors.executor.pager import Pager
-from actors.executor.passes import Pass, PassClock
-from actors.executor.predicted_routing import PredictedRouting
+from actors.executor.passes import PassClock
 from actors.executor.prefetcher import Prefetcher, plan_prefetch
+from actors.executor.prompts import PromptReader
 from actors.executor.report import EngineReport, LayerReport
-from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.sequence import ChunkSink, PromptChunk, Sequence
 from common.errors import EngineStoppedError, HashTableError, NonFiniteLogitsError, QueueFullError
 from common.generation import GenerationRequest
@@ -44,16 +43,15 @@ class Engine:
     """Continuous batching over one model: sequences join and leave at every step.
 
     Args:
-        runner: computes prompts; `decoder` generates from them.
+        prompts: reads prompts; `decoder` generates from them.
         tokenizer: None for a model without one; texts are empty then.
         eos_ids: tokens that end a sequence.
         prefetcher: None to fetch on demand only.
-        predicted_routing: None lets the model's routers decide.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
+        prompts: PromptReader,
         decoder: Decoder,
         pager: Pager,
         clock: PassClock,
@@ -61,17 +59,16 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_ids: frozenset[int] = frozenset(),
         prefetcher: Prefetcher | None = None,
-        predicted_routing: PredictedRouting | None = None,
     ) -> None:
-        self._runner, self._decoder, self._pager, self._clock = runner, decoder, pager, clock
+        self._prompts, self._decoder, self._pager, self._clock = prompts, decoder, pager, clock
         self._limits, self._tokenizer, self._eos_ids = limits, tokenizer, eos_ids
-        self._prefetcher, self._routing = prefetcher, predicted_routing
-        self._changed = threading.Condition()  # guards the next four, and each sequence's table
+        self._prefetcher = prefetcher
+        self._changed = threading.Condition()  # guards the next five, and each sequence's table
         self._sequences: dict[str, Sequence] = {}  # every unfinished one
         self._waiting: deque[Sequence] = deque()
         self._cancelled: set[str] = set()
         self._stop_reason: str | None = None
-        self._prompt_under_way: PromptChunk | None = None
+        self._under_way: list[PromptChunk] = []  # of the running pass
         self._free_rows = list(range(limits.max_batch_size))
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
@@ -151,11 +148,10 @@ class Engine:
                 self._tables["unusable"] += 1
                 raise
             sequence.table = table
-            under_way = self._prompt_under_way
-            started = sequence.num_computed > 0 or (under_way is not None and under_way.sequence is sequence)
-            self._tables["late" if started else "on_time"] += 1
-            if under_way is not None and under_way.sequence is sequence:
-                self._plan(under_way, pass_number=self._clock.passes_begun - 1)
+            under_way = [chunk for chunk in self._under_way if chunk.sequence is sequence]
+            self._tables["late" if under_way or sequence.num_computed > 0 else "on_time"] += 1
+            for chunk in under_way:
+                self._plan(chunk, pass_number=self._clock.passes_begun - 1)
 
     def count_lost_table(self) -> None:
         """A request's table did not come; it runs on demand."""
@@ -229,55 +225,59 @@ class Engine:
                 self._prefilling.append(sequence)
 
     def _prefill(self) -> None:
-        budget = self._limits.prefill_chunk_tokens
-        for sequence in tuple(self._prefilling):
-            chunk = PromptChunk.next_of(sequence, budget)
-            self._run_prompt_chunk(chunk)
-            budget -= chunk.num_tokens
-            if budget <= 0:
-                return
+        """Read prompts until the tokens of one step are used up, as many at a time as the reader takes."""
+        budget, waiting = self._limits.prefill_chunk_tokens, deque(self._prefilling)
+        while waiting and budget > 0:
+            chunks: list[PromptChunk] = []
+            while waiting and budget > 0 and len(chunks) < self._prompts.max_chunks:
+                chunks.append(PromptChunk.next_of(waiting.popleft(), budget))
+                budget -= chunks[-1].num_tokens
+            self._read(chunks)
 
-    def _run_prompt_chunk(self, chunk: PromptChunk) -> None:
-        sequence = chunk.sequence
-        self._finish_pending()  # the pass waits for it anyway
-        if sequence.is_retired:
-            return
+    def _read(self, chunks: list[PromptChunk]) -> None:
+        """One pass over chunks of different sequences."""
+        if not self._prompts.runs_ahead:
+            self._finish_pending()  # the pass waits for it anyway
         try:
-            routing = self._routing.of_prompt(chunk) if self._routing else None
-            pass_ = Pass(1, routing, keep_choices=routing is None, after_layer=self._after_prompt_layer)
             with self._changed:
-                self._prompt_under_way = chunk
-                self._plan(chunk, pass_number=self._clock.passes_begun)
-                if not self._decoding:
-                    self._plan(chunk.next(self._limits.prefill_chunk_tokens), self._clock.passes_begun + 1)
-            logits = self._runner.run([RowInput(sequence.row, chunk.start, chunk.token_ids)], pass_)
-            drawn = (
-                self._decoder.first(sequence, logits) if chunk.stop >= sequence.num_prompt_tokens else None
-            )
+                self._under_way = chunks
+                for chunk in chunks:
+                    self._plan(chunk, pass_number=self._clock.passes_begun)
+                    if not self._decoding:
+                        following = chunk.next(self._limits.prefill_chunk_tokens)
+                        self._plan(following, self._clock.passes_begun + 1)
+            result = self._prompts.read(chunks, self._after_prompt_layer, paced=bool(self._decoding))
+            ends = [index for index, chunk in enumerate(chunks) if chunk.is_last]
+            complete = [chunks[index].sequence for index in ends]
+            drawn = self._decoder.first(complete, result.logits[ends]) if ends else ()
         except Exception as error:
-            self._fail(sequence, error)
+            for chunk in chunks:
+                self._fail(chunk.sequence, error)
             return
         finally:
             with self._changed:
-                self._prompt_under_way = None
-        self._account([sequence], pass_.needed, pass_.missed, pass_.fetched)
-        if pass_.choices is not None:
-            sequence.choices.append(pass_.choices)
-        sequence.num_computed = chunk.stop
-        self._tokens["prompt"] += chunk.num_tokens
-        if drawn is not None:
+                self._under_way = []
+        self._account([chunk.sequence for chunk in chunks], result.needed, result.missed, result.fetched)
+        for index, chunk in enumerate(chunks):
+            if result.choices is not None:
+                chunk.sequence.choices.append(result.choices[index])
+            chunk.sequence.num_computed = chunk.stop
+            self._tokens["prompt"] += chunk.num_tokens
+        for sequence, first in zip(complete, drawn, strict=True):
             self._prefilling.remove(sequence)
             self._decoding.append(sequence)
-            self._take_token(sequence, drawn)
+            self._take_token(sequence, first)
 
     def _after_prompt_layer(self, layer: int) -> None:
         """Prefetch for the next layer, and let running streams go on if they have waited long enough."""
         if self._prefetcher is not None:
             self._prefetcher.after_layer(layer)
-        if not (self._decoding and self._decoder.runs_ahead):
+        if layer < 0 or not (self._decoding and self._decoder.runs_ahead):
             return
+        if layer == 0:
+            self._finish_pending()  # the device, which has work again, was done with it before
         if time.monotonic() - self._decoded_at_s > self._limits.max_stall_s:
-            with self._runner.interrupted():
+            with self._prompts.interrupted():
                 self._decode()
 
     def _decode(self) -> None:
@@ -294,7 +294,9 @@ class Engine:
 
     def _launch(self, batch: list[Sequence]) -> tuple[list[Sequence], PendingStep] | None:
         try:
-            if self._prefilling:
+            if (
+                self._prefilling and not self._decoder.runs_ahead
+            ):  # the step is a pass, and the chunk's the next
                 chunk = PromptChunk.next_of(self._prefilling[0], self._limits.prefill_chunk_tokens)
                 with self._changed:
                     self._plan(chunk, self._clock.passes_begun + 1)

@@ -92,7 +92,7 @@ class PassClock:
         self._left = 0  # every earlier time's layer is over
         self._changed = threading.Condition()
 
-    def begin_pass(self, begun: Pass) -> None:
+    def begin_pass(self, begun: Pass | DevicePass) -> None:
         with self._changed:
             self.passes_begun += 1
             self.running = begun

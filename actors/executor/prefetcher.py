@@ -66,25 +66,30 @@ class QueueingPrefetcher:
 
     def __init__(self, pager: Pager, clock: PassClock) -> None:
         self._pager, self._clock = pager, clock
-        self._plans: dict[int, PrefetchPlan] = {}  # by pass number
+        self._plans: dict[int, list[PrefetchPlan]] = {}  # by pass number, one per prompt chunk
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         pass
 
     def submit(self, plan: PrefetchPlan) -> None:
-        self._plans[plan.pass_number] = plan
+        with self._lock:
+            self._plans.setdefault(plan.pass_number, []).append(plan)
 
     def after_layer(self, layer: int) -> None:
         running = self._clock.passes_begun - 1
-        for old in [number for number in list(self._plans) if number < running]:
-            del self._plans[old]
-        plan = self._plans.get(running)
-        if plan is None or layer + 1 >= len(plan.experts_by_layer):
-            return
-        expert_ids = plan.experts_by_layer[layer + 1]
-        for expert_id in expert_ids:
-            if self._pager.prefetch(layer + 1, expert_id, expert_ids):
-                plan.on_copied(self._pager.source.layout.slab_bytes)
+        with self._lock:
+            self._plans = {number: plans for number, plans in self._plans.items() if number >= running}
+            plans = list(self._plans.get(running, ()))
+        if plans and layer + 1 < self._clock.num_layers:
+            self._prefetch(layer + 1, plans)
+
+    def _prefetch(self, layer: int, plans: Sequence[PrefetchPlan]) -> None:
+        for plan in plans:
+            expert_ids = plan.experts_by_layer[layer]
+            for expert_id in expert_ids:
+                if self._pager.prefetch(layer, expert_id, expert_ids):
+                    plan.on_copied(self._pager.source.layout.slab_bytes)
 
     def stop(self) -> None:
         self._plans.clear()

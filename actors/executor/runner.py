@@ -1,6 +1,6 @@
 """Runs passes: tokens of given rows in, logits of each row's last token out. Decides nothing about who runs when."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,16 +22,8 @@ class RowInput:
     token_ids: Sequence[int]
 
 
-# (token_ids [tokens] int64 on the device, position of the first, row) -> [1, vocab] float32 logits of the last.
-PromptForward = Callable[[Tensor, int, int], Tensor]
-
-
 class ModelRunner:
-    """One model and its row cache. Every call must come from the same thread.
-
-    Attributes:
-        prompt_forward: computes several tokens of one row in the place of the model's own modules, once it is set.
-    """
+    """One model and its row cache. Every call must come from the same thread."""
 
     def __init__(self, slot_model: SlotModel, num_rows: int, max_tokens: int) -> None:
         self._model = slot_model.model
@@ -42,7 +34,6 @@ class ModelRunner:
         self._mask_is_additive = self._model.config._attn_implementation == "eager"
         self.max_tokens = max_tokens
         self.cache = RowCache(num_rows, max_tokens)
-        self.prompt_forward: PromptForward | None = None
 
     @torch.inference_mode()
     def run(self, inputs: Sequence[RowInput], pass_: Pass) -> Tensor:
@@ -58,14 +49,13 @@ class ModelRunner:
             with self._pager.host_pass():
                 if pass_.after_layer is not None:
                     pass_.after_layer(-1)
-                return self._forward(inputs)
+                return self.forward(inputs)
         finally:
             self._clock.end_pass()
 
-    def _forward(self, inputs: Sequence[RowInput]) -> Tensor:
+    def forward(self, inputs: Sequence[RowInput]) -> Tensor:
+        """Within a pass: queue the model's own modules. Args and result as `run`."""
         token_ids = torch.tensor([row.token_ids for row in inputs], device=self._device)  # [rows, queries]
-        if self.prompt_forward is not None and len(inputs) == 1:
-            return self.prompt_forward(token_ids[0], inputs[0].start, inputs[0].row)
         starts = torch.tensor([[row.start] for row in inputs], device=self._device)
         positions = starts + torch.arange(token_ids.shape[1], device=self._device)  # [rows, queries]
         length = self.cache.address([row.row for row in inputs], positions)

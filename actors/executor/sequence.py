@@ -1,5 +1,6 @@
 """One request inside the engine, from its arrival to its last chunk. Only the engine's thread changes it."""
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,7 +49,7 @@ class Sequence:
     hash_function: HashFunctionState | None = None  # routing=predicted: predicts generated tokens
     routing_table: HashTable | None = None  # routing=predicted: routes the prompt
     # What the routers chose: per prompt pass, per layer, [tokens, top_k].
-    choices: list[list[NDArray[np.int64]]] = field(default_factory=list)
+    choices: list[SequenceOf[NDArray[np.int64]]] = field(default_factory=list)
     needed: int = 0
     missed: int = 0
     moved_bytes: int = 0
@@ -132,6 +133,10 @@ class PromptChunk:
     @property
     def num_tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop >= self.sequence.num_prompt_tokens
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.executor.expert_source import CheckpointExpertSource, ExpertSource
 from actors.executor.experts_hook import _ATTRIBUTE
+from actors.executor.gpu.device_prompts import DevicePrompts, PromptForward
 from actors.executor.gpu.fused_model import FusedModel, fuses
 from actors.executor.gpu.graph_decoder import DecodeStep, GraphDecoder, bucket_sizes
 from actors.executor.gpu.host_experts import HostExperts
@@ -41,6 +42,7 @@ from common.generation import GenerationRequest, SamplingParams
 Prompts = SequenceOf[tuple[int, ...]]
 
 PROMPT_LENGTHS = 4  # different ones among the rows
+PASS_TOKENS = 512  # of the prompts that one pass reads
 
 
 class HostModel:
@@ -169,9 +171,11 @@ class PagedDecoding:
         self._runner.run([RowInput(0, 0, (0,))], Pass(1))  # allocates the cache
         model, cache = self._slot_model.model, self._runner.cache
         self._step: DecodeStep = LibraryStep(model, cache)
+        forward: PromptForward | None = None
         if fuses(model):
             fused = FusedModel(model, cache, self._slot_model.clock)
-            self._step, self._runner.prompt_forward = fused.decode, fused.prefill
+            self._step, forward = fused.decode, fused.prefill
+        self._prompts = DevicePrompts(self._slot_model, self._runner, forward)
         self._sequences = [_sequence(row, prompt, sampling) for row, prompt in enumerate(prompts)]
         self._first_logits: dict[int, Tensor] = {}  # by row, [1, vocab]
         self._decoders: dict[tuple[bool, bool], GraphDecoder] = {}  # by: a table routes, prefetch
@@ -179,16 +183,13 @@ class PagedDecoding:
 
     def read(self, token_ids: SequenceOf[int]) -> Tensor:
         """[1, vocab] logits after a prompt in row 0."""
-        return self._runner.run([RowInput(0, 0, token_ids)], Pass(1))
+        return self._prompts.read_rows([RowInput(0, 0, token_ids)]).logits
 
     def read_prompts(self) -> None:
-        """Those of one length in one pass: with few slots, a pass moves nearly every expert, however long."""
-        by_length: defaultdict[int, list[Sequence]] = defaultdict(list)
-        for sequence in self._sequences:
-            by_length[sequence.num_prompt_tokens].append(sequence)
-        for group in by_length.values():
+        """Many in one pass: with few slots, a pass moves nearly every expert, however long."""
+        for group in _groups(self._sequences, self._prompts.max_chunks):
             inputs = [RowInput(each.row, 0, each.request.prompt_token_ids) for each in group]
-            logits = self._runner.run(inputs, Pass(1))
+            logits = self._prompts.read_rows(inputs).logits
             for each, row_logits in zip(group, logits.split(1), strict=True):
                 self._first_logits[each.row] = row_logits
 
@@ -228,11 +229,11 @@ class PagedDecoding:
         self._pager._budget.fill(judged.most)
         self._pager.prefetch_budget.fill_(judged.most)
         self._pager.refresh()
-        for sequence in self._sequences[: case.batch]:
-            decoder.first(sequence, self._first_logits[sequence.row])
+        batch = self._sequences[: case.batch]
+        decoder.first(batch, torch.cat([self._first_logits[sequence.row] for sequence in batch]))
         if table is not None:
             self._table_routing.load(table)
-        return DecodeStream(decoder, self._sequences[: case.batch], self.host.device)
+        return DecodeStream(decoder, batch, self.host.device)
 
     def counts(self) -> Counts:
         """Waits for the device."""
@@ -287,6 +288,19 @@ class DecodeStream:
 
 def _bucket_size(batch: int, sizes: Iterable[int]) -> int:
     return min(size for size in sizes if size >= batch)
+
+
+def _groups(sequences: SequenceOf[Sequence], most: int) -> list[list[Sequence]]:
+    """As many prompts as one pass takes and PASS_TOKENS allow."""
+    groups: list[list[Sequence]] = []
+    left = 0
+    for sequence in sequences:
+        if not groups or len(groups[-1]) == most or sequence.num_prompt_tokens > left:
+            groups.append([])
+            left = PASS_TOKENS
+        groups[-1].append(sequence)
+        left -= sequence.num_prompt_tokens
+    return groups
 
 
 def table_rows(batches: SequenceOf[int]) -> int:

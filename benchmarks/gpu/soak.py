@@ -50,8 +50,8 @@ class CountedDecoder:
         self.num_steps = 0
         self.batch_sizes: Counter[int] = Counter()
 
-    def first(self, sequence: EngineSequence, logits: Tensor) -> Drawn:
-        return self._decoder.first(sequence, logits)
+    def first(self, sequences: Sequence[EngineSequence], logits: Tensor) -> Sequence[Drawn]:
+        return self._decoder.first(sequences, logits)
 
     def launch(self, batch: Sequence[EngineSequence]) -> PendingStep:
         self.num_steps += 1

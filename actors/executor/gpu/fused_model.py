@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from actors.executor.families import window_of_layer
 from actors.executor.gpu.attention_kernels import decode_attention, rotate_and_store
 from actors.executor.gpu.captured_pass import CapturedPass
 from actors.executor.gpu.dense_kernels import linear, rms_norm, route
+from actors.executor.gpu.prompt_kernels import prompt_attention, prompt_linear
+from actors.executor.gpu.prompt_pass import PackedPrompts, PromptPass
 from actors.executor.kv_cache import RowCache
 from actors.executor.passes import PassClock
 from common.architecture import is_experts_module
@@ -88,33 +89,27 @@ class FusedModel:
             delta = layer.mlp(normed) if layer.moe_layer is None else self._route(layer, normed)
         return self._logits(x, delta)
 
-    def prefill(self, token_ids: Tensor, start: int, row: int) -> Tensor:
-        """Read consecutive tokens of one row in a pass that the host drives.
+    def prefill(self, prompts: PackedPrompts) -> Tensor:
+        """Queue the next tokens of several rows, in a `PromptPass`, without a host synchronisation.
 
-        Args:
-            token_ids: [tokens] int64, on the device; the first stands at position `start`.
         Returns:
-            [1, vocab] float32 logits of the last token.
+            [chunks, vocab] float32 logits of each chunk's last token.
         """
-        positions = torch.arange(start, start + len(token_ids), device=token_ids.device)
-        rows = torch.full_like(positions, row)
-        rotation, x, delta = self._rotation(positions), self._decoder.embed_tokens(token_ids), None
-        masks = {
-            window: _mask(positions, start, window) for window in {layer.window for layer in self._layers}
-        }
+        positions, rows = prompts.positions, prompts.rows
+        rotation, x, delta = self._rotation(positions), self._decoder.embed_tokens(prompts.token_ids), None
         for index, layer in enumerate(self._layers):
             normed, x = rms_norm(x, layer.input_norm, self._eps, delta)
             keys, values = self._cache.of_layer(index)
-            qkv = functional.linear(normed, layer.qkv, layer.qkv_bias)
+            qkv = prompt_linear(normed, layer.qkv, layer.qkv_bias)
             q = self._rotate(layer, qkv, rotation, positions, rows, keys, values)
-            stop = start + len(token_ids)
-            seen = (keys[row, :, :stop], values[row, :, :stop])
-            attended = _attend_to_prompt(q, *seen, masks[layer.window], layer.scaling)
-            delta = functional.linear(attended, layer.output.weight, layer.output.bias)
+            attended = prompt_attention(
+                q, keys, values, rows, positions, prompts.blocks, layer.scaling, layer.window
+            )
+            delta = prompt_linear(attended.flatten(1), layer.output.weight, layer.output.bias)
             normed, x = rms_norm(x, layer.post_norm, self._eps, delta)
             delta = layer.mlp(normed) if layer.moe_layer is None else self._route_prompt(layer, normed)
         assert delta is not None, "a model has layers"
-        return self._logits(x[-1:].contiguous(), delta[-1:].contiguous())
+        return self._logits(x[prompts.last], delta[prompts.last])
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every token's position, [tokens, rotary_dim] each."""
@@ -158,43 +153,28 @@ class FusedModel:
     def _route(self, layer: _Layer, normed: Tensor) -> Tensor:
         running, mlp = self._clock.running, layer.mlp
         assert isinstance(running, CapturedPass) and layer.moe_layer is not None
-        start, num_experts = layer.moe_layer * self._num_experts, self._num_experts
         foresees = running.prefetches and layer.moe_layer + 1 < running.num_layers
-        routers = self._routers[start : start + (2 if foresees else 1) * num_experts]
-        logits = linear(normed, routers)  # this layer's, and a guess of the next one's
-        ids, weights = route(logits, num_experts, self._top_k, self._renormalize, self._weights_dtype)
-        next_scores = logits[:, num_experts:] if foresees else None
+        logits = linear(normed, self._routers_from(layer.moe_layer, foresees))
+        ids, weights = self._chosen(logits)
+        next_scores = logits[:, self._num_experts :] if foresees else None
         return running.run_experts(layer.moe_layer, mlp.experts, normed, ids, weights, next_scores)
 
     def _route_prompt(self, layer: _Layer, normed: Tensor) -> Tensor:
-        logits = functional.linear(normed, layer.mlp.gate.weight)
-        ids, weights = route(logits, self._num_experts, self._top_k, self._renormalize, self._weights_dtype)
-        output: Tensor = layer.mlp.experts(normed, ids.long(), weights)
-        return output
+        running, mlp = self._clock.running, layer.mlp
+        assert isinstance(running, PromptPass) and layer.moe_layer is not None
+        foresees = running.guesses and layer.moe_layer + 1 < running.num_layers
+        logits = prompt_linear(normed, self._routers_from(layer.moe_layer, foresees))
+        ids, weights = self._chosen(logits)
+        next_ids = self._chosen(logits[:, self._num_experts :].contiguous())[0] if foresees else None
+        return running.run_experts(layer.moe_layer, mlp.experts, normed, ids, weights, next_ids)
 
+    def _routers_from(self, moe_layer: int, foresees: bool) -> Tensor:
+        """[experts, hidden] the layer's router, or [2 * experts, hidden] with the next one's, which then guesses."""
+        start = moe_layer * self._num_experts
+        return self._routers[start : start + (2 if foresees else 1) * self._num_experts]
 
-def _mask(positions: Tensor, start: int, window: int | None) -> Tensor | None:
-    """[tokens, positions up to the last] what each token sees; None where that is all before it, from position 0 on."""
-    stop = start + len(positions)
-    if window is None and start == 0:
-        return None
-    keys = torch.arange(stop, device=positions.device)
-    visible = keys <= positions[:, None]
-    return visible if window is None else visible & (keys > positions[:, None] - window)
-
-
-def _attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Args: q: [tokens, heads, head_dim]; keys, values: [kv_heads, positions, head_dim]. Returns: [tokens, heads * dim]."""
-    group = q.shape[1] // keys.shape[0]
-    attended = functional.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),
-        keys.repeat_interleave(group, dim=0).unsqueeze(0),
-        values.repeat_interleave(group, dim=0).unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-    )  # [1, heads, tokens, head_dim]
-    return attended.squeeze(0).transpose(0, 1).flatten(1)
+    def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return route(logits, self._num_experts, self._top_k, self._renormalize, self._weights_dtype)
 
 
 def _fused(layer: Any, moe_layer: int | None) -> _Layer:

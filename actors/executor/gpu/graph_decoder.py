@@ -123,16 +123,18 @@ class GraphDecoder:
         self._pager.review_prefetching(self._governor)
 
     @torch.inference_mode()
-    def first(self, sequence: Sequence, logits: Tensor) -> Drawn:
-        row, position = sequence.row, sequence.num_prompt_tokens
-        self._sampling.set(row, sequence.request.sampling)
-        index, at = torch.tensor([[row], [position]], device=self._device)
-        token = sample_tokens(logits.contiguous(), index, at, self._sampling)
-        self._last_tokens[index] = token.clamp(min=0)
-        self._positions[index] = at
-        logprobs = _Logprobs.of([sequence], logits, token)
-        token_id = int(token)
-        return Drawn(None if token_id < 0 else token_id, logprobs.of_row(0, token_id))
+    def first(self, sequences: SequenceOf[Sequence], logits: Tensor) -> SequenceOf[Drawn]:
+        for sequence in sequences:
+            self._sampling.set(sequence.row, sequence.request.sampling)
+        rows, positions = torch.tensor(
+            [[each.row for each in sequences], [each.num_prompt_tokens for each in sequences]],
+            device=self._device,
+        )
+        tokens = sample_tokens(logits.contiguous(), rows, positions, self._sampling)
+        self._last_tokens[rows] = tokens.clamp(min=0)
+        self._positions[rows] = positions
+        logprobs = _Logprobs.of(sequences, logits, tokens)
+        return logprobs.drawn(tokens.tolist())
 
     @torch.inference_mode()
     def launch(self, batch: SequenceOf[Sequence]) -> PendingStep:
@@ -257,7 +259,14 @@ class _Logprobs:
         values, ids = logprobs.topk(max(*asked, 1))
         return cls(counts, chosen, values, ids)
 
-    def of_row(self, row: int, token_id: int) -> TokenLogprobs | None:
+    def drawn(self, tokens: SequenceOf[int]) -> list[Drawn]:
+        """Args: tokens: per row, -1 where the logits were not numbers."""
+        return [
+            Drawn(None if token_id < 0 else token_id, self._of_row(row, token_id))
+            for row, token_id in enumerate(tokens)
+        ]
+
+    def _of_row(self, row: int, token_id: int) -> TokenLogprobs | None:
         count = self.counts[row]
         if count is None or self.chosen is None or self.values is None or self.ids is None:
             return None
@@ -276,11 +285,7 @@ class _Part:
         if self.done is not None:
             self.done.synchronize()
         tokens, missed = self.outputs[: self.size].T.tolist()
-        drawn = [
-            Drawn(None if token_id < 0 else token_id, self.logprobs.of_row(row, token_id))
-            for row, token_id in enumerate(tokens)
-        ]
-        return drawn, missed
+        return self.logprobs.drawn(tokens), missed
 
 
 @dataclass(frozen=True)

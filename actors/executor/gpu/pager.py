@@ -3,7 +3,7 @@
 One thread uses a pager; only `counters` and `resident` may be called from others, and lag behind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,18 @@ from torch import Tensor
 from actors.executor.eviction import HALF_LIFE_PASSES
 from actors.executor.gpu.host_passes import HostPasses
 from actors.executor.gpu.page_state import COUNTERS, PREFETCHED, USED
-from actors.executor.gpu.paging_kernels import fetch_kernel, list_kernel, page_kernel, prefetch_kernel
+from actors.executor.gpu.paging_kernels import (
+    fetch_kernel,
+    list_kernel,
+    page_kernel,
+    prefetch_kernel,
+    prefetch_used_kernel,
+)
 from actors.executor.gpu.prefetch_governor import PrefetchGovernor
 
 MAX_ROWS = 32  # of a pass that pages by itself
-MAX_PREFETCHED = 4  # experts of a layer and step
+MAX_PREFETCHED = 4  # experts of a layer and step, by a guess of the next layer's routing
+_PAIRS_AT_ONCE = 1024  # (row, choice) pairs that a kernel looks at
 # Enough reads in flight to fill the link, few enough to leave the processors to the compute.
 _FETCH_PROGRAMS = 16
 _FETCH_BYTES = 16384  # per program and step
@@ -51,13 +58,14 @@ class DevicePager(HostPasses):
         device, num_layers = self.state.step.device, len(self._pools)
         self._scratch = _Scratch(self.num_experts, self.num_slots, device)
         self._prefetch_scratch = _Scratch(self.num_experts, self.num_slots, device)
-        self._prefetched: torch.cuda.Event | None = (
-            None  # while a pass is queued: its next layer waits for it
-        )
+        # While a pass is queued, what its next layer waits for, and what that still reads.
+        self._prefetched: torch.cuda.Event | None = None
+        self._guess: Tensor | None = None
         self._budget = np.full(num_layers, MAX_PREFETCHED, np.int32)
         # [layers, 1] int32: experts that a step may prefetch for each layer.
         self.prefetch_budget = torch.from_numpy(self._budget).to(device, copy=True)[:, None]
         self.row_missed = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+        self.num_prefetched = torch.zeros(1, dtype=torch.int64, device=device)  # of this prompt pass
 
     def review_prefetching(self, governor: PrefetchGovernor) -> None:
         """Set what each layer may prefetch by what the last `refresh` brought."""
@@ -71,23 +79,41 @@ class DevicePager(HostPasses):
         self.state.step.add_(1)
         self.row_missed.zero_()
 
+    def begin_prompt(self) -> None:
+        self.follow_experts()
+        self.state.step.add_(1)
+        self.num_prefetched.zero_()
+
+    def join(self) -> None:
+        """Have what is queued from now on wait for the prefetches under way."""
+        if self._prefetched is not None:
+            torch.cuda.current_stream().wait_event(self._prefetched)
+            self._prefetched = self._guess = None
+
     def can_prefetch(self, num_rows: int, top_k: int) -> bool:
         """Whether a step of so many rows leaves slots for experts that it may not need."""
         return not self.holds_all and num_rows * top_k + MAX_PREFETCHED <= self.num_slots
 
     def waves(
-        self, layer: int, ids: Tensor, num_active: Tensor, next_scores: Tensor | None = None
+        self,
+        layer: int,
+        ids: Tensor,
+        num_active: Tensor,
+        next_scores: Tensor | None = None,
+        next_ids: Tensor | None = None,
     ) -> Iterator[Wave]:
         """Serve a layer's experts, some at a time; the caller queues a wave's compute before it asks for the next.
 
         The first wave holds what is resident, while misses are copied beside it; every needed expert is in exactly one.
 
         Args:
-            ids: [rows, top_k] int32 or int64, distinct within a row.
+            ids: [rows, top_k] int32 or int64, distinct within a row, contiguous. More than MAX_ROWS are a prompt's tokens,
+                which are not counted one by one.
             num_active: int32 [1]; rows from there on are padding.
             next_scores: [rows, experts], a guess of the next layer's router logits: the likeliest absent experts are
                 prefetched for it once this layer's own are on the way (Pre-gated MoE, arXiv 2308.12066; HOBBIT,
                 arXiv 2411.01433). Only where `can_prefetch`.
+            next_ids: [rows, top_k], the same guess as choices, for any number of rows.
         """
         rows, top_k = ids.shape
         most = min(rows * top_k, self.num_experts)
@@ -95,18 +121,17 @@ class DevicePager(HostPasses):
             yield self._all_resident(layer, ids, num_active, most)
             return
         scratch = self._scratch
-        if (
-            self._prefetched is not None
-        ):  # for this layer: its page table has changed, its copies must be complete
-            torch.cuda.current_stream().wait_event(self._prefetched)
-            self._prefetched = None
+        self.join()  # copies for this layer, whose page table they have changed
         self._page(layer, ids, num_active, first=True)
         with self._beside():
             self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
             fetched = self._mark()
             if next_scores is not None and layer + 1 < len(self._pools):
                 self._prefetch_next(layer + 1, next_scores, num_active, top_k)
-                self._prefetched = self._mark()
+                self._prefetched, self._guess = self._mark(), next_scores
+            if next_ids is not None and layer + 1 < len(self._pools):
+                self._prefetch_used(layer + 1, next_ids, MAX_PREFETCHED)
+                self._prefetched, self._guess = self._mark(), next_ids
         yield scratch.hits(min(most, self.num_slots))
         if fetched is not None:
             torch.cuda.current_stream().wait_event(fetched)
@@ -116,29 +141,44 @@ class DevicePager(HostPasses):
             self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
             yield scratch.misses(min(most, self.num_slots))
 
+    def prefetch_used(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """Between two layers of a prompt: have experts that a coming layer is predicted to use copied beside the compute."""
+        if self.holds_all or not expert_ids:
+            return
+        ids = torch.tensor(expert_ids, dtype=torch.int32)
+        if self._copies is not None:
+            ids = ids.pin_memory()
+        # Layers before have made the copies wait for all earlier reads of any slot; their own compute, they need not.
+        with self._beside(after_queued=layer == 0):
+            self._prefetch_used(layer, ids.to(self.state.step.device, non_blocking=True), self.num_slots)
+            self._prefetched = self._mark()
+
     def _all_resident(self, layer: int, ids: Tensor, num_active: Tensor, most: int) -> Wave:
         scratch, (rows, top_k) = self._scratch, ids.shape
         list_kernel[(1,)](
             ids, num_active, self.state.counters[layer],
             scratch.hit_experts, scratch.num_hits,
-            TOP_K=top_k, NUM_EXPERTS=self.num_experts, ROWS_P=_padded(rows), TOP_K_P=_padded(top_k),
-            EXPERTS_P=_padded(self.num_experts),
+            TOP_K=top_k, NUM_EXPERTS=self.num_experts, EXPERTS_P=_padded(self.num_experts),
+            PAIRS=min(_PAIRS_AT_ONCE, _padded(rows * top_k)),
         )  # fmt: skip
         return Wave(scratch.hit_experts, scratch.hit_experts, scratch.num_hits, scratch.identity, most)
 
     def _page(self, layer: int, ids: Tensor, num_active: Tensor, first: bool) -> None:
         state, scratch, (rows, top_k) = self.state, self._scratch, ids.shape
         slots_p, experts_p = _padded(self.num_slots), _padded(self.num_experts)
+        by_row = rows <= MAX_ROWS
         page_kernel[(1,)](
             ids, num_active, state.slot_of[layer], state.expert_in[layer],
-            state.stamps[layer], state.heat[layer], state.unused[layer], state.step, state.counters[layer], self.row_missed,
+            state.stamps[layer], state.heat[layer], state.unused[layer], state.step, state.counters[layer],
+            self.row_missed if by_row else None,
             scratch.done, scratch.needed, scratch.keys, scratch.order,
             scratch.hit_slots, scratch.hit_experts, scratch.num_hits, scratch.hit_map,
             scratch.miss_slots, scratch.miss_experts, scratch.num_misses, scratch.miss_map,
             FIRST=first, STAMP_USE=self._order.stamp_use, BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES,
             TOP_K=top_k, NUM_EXPERTS=self.num_experts,
-            NUM_SLOTS=self.num_slots, ROWS_P=_padded(rows), TOP_K_P=_padded(top_k), EXPERTS_P=experts_p,
-            SLOTS_P=slots_p, COUNTERS=len(COUNTERS), num_warps=4 if slots_p <= 128 else 8,
+            NUM_SLOTS=self.num_slots, ROWS_P=_padded(rows) if by_row else 1, TOP_K_P=_padded(top_k), EXPERTS_P=experts_p,
+            SLOTS_P=slots_p, COUNTERS=len(COUNTERS), PAIRS=min(_PAIRS_AT_ONCE, _padded(rows * top_k)),
+            num_warps=4 if slots_p <= 128 else 8,
         )  # fmt: skip
 
     def _prefetch_next(self, layer: int, scores: Tensor, num_active: Tensor, top_k: int) -> None:
@@ -156,6 +196,19 @@ class DevicePager(HostPasses):
         )  # fmt: skip
         self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
 
+    def _prefetch_used(self, layer: int, ids: Tensor, budget: int) -> None:
+        state, scratch = self.state, self._prefetch_scratch
+        prefetch_used_kernel[(1,)](
+            ids, ids.numel(), budget,
+            state.slot_of[layer], state.expert_in[layer], state.stamps[layer], state.heat[layer], state.unused[layer],
+            state.step, state.counters[layer], self.num_prefetched,
+            scratch.needed, scratch.keys, scratch.order, scratch.miss_slots, scratch.miss_experts, scratch.num_misses,
+            BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES, NUM_EXPERTS=self.num_experts,
+            NUM_SLOTS=self.num_slots, EXPERTS_P=_padded(self.num_experts), SLOTS_P=_padded(self.num_slots),
+            COUNTERS=len(COUNTERS), PAIRS=min(_PAIRS_AT_ONCE, _padded(ids.numel())),
+        )  # fmt: skip
+        self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
+
     def _fetch(self, layer: int, num: Tensor, slots: Tensor, experts: Tensor) -> None:
         target, stored = self._pools[layer].elements, self.source.layout
         if stored.dtype == target.dtype:
@@ -168,12 +221,13 @@ class DevicePager(HostPasses):
         )  # fmt: skip
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """The body on the fetch stream, after what is queued."""
+    def _beside(self, after_queued: bool = True) -> Iterator[None]:
+        """The body on the fetch stream, after what is queued on the current one, or beside it."""
         if self._copies is None:
             yield
             return
-        self._copies.fetches.wait_stream(torch.cuda.current_stream())
+        if after_queued:
+            self._copies.fetches.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._copies.fetches):
             yield
 
@@ -194,7 +248,7 @@ class _Scratch:
             return torch.zeros(size, dtype=dtype, device=device)
 
         self.done, self.needed = integers(num_experts, torch.int8), integers(num_experts, torch.int8)
-        self.keys, self.order = integers(num_slots, torch.int64), integers(num_slots)
+        self.keys, self.order = integers(num_experts, torch.int64), integers(num_slots)
         self.hit_slots, self.hit_experts, self.hit_map = (integers(num_experts) for _ in range(3))
         self.miss_slots, self.miss_experts, self.miss_map = (integers(num_experts) for _ in range(3))
         self.num_hits, self.num_misses = integers(1), integers(1)

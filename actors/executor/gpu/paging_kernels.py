@@ -22,6 +22,17 @@ def _heat_now(heat, stamps, step, HALF_LIFE: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _ranks(keys, keys_ptr, NUM: tl.constexpr, NUM_P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Place of each key, distinct ones, in rising order. Args: keys_ptr: where they have been stored."""
+    ranks = tl.zeros((NUM_P,), tl.int32)
+    for start in tl.static_range(0, NUM_P, _RANKED_AT_ONCE):
+        others = start + tl.arange(0, _RANKED_AT_ONCE)
+        other_keys = tl.load(keys_ptr + others, mask=others < NUM, other=2 * _LAST)
+        ranks += tl.sum((keys[:, None] > other_keys[None, :]).to(tl.int32), axis=1)
+    return ranks
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _victim_ranks(  # type: ignore[no-untyped-def]
     value,
     is_occupied,
@@ -44,32 +55,27 @@ def _victim_ranks(  # type: ignore[no-untyped-def]
     keys = tl.where(in_need, slots_64 + _LAST, keys)
     tl.store(keys_ptr + slots, keys, mask=slots < NUM_SLOTS)
     tl.debug_barrier()
-    ranks = tl.zeros((SLOTS_P,), tl.int32)
-    for start in tl.static_range(0, SLOTS_P, _RANKED_AT_ONCE):
-        others = start + tl.arange(0, _RANKED_AT_ONCE)
-        other_keys = tl.load(keys_ptr + others, mask=others < NUM_SLOTS, other=2 * _LAST)
-        ranks += tl.sum((keys[:, None] > other_keys[None, :]).to(tl.int32), axis=1)
-    return ranks
+    return _ranks(keys, keys_ptr, NUM_SLOTS, SLOTS_P)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _is_needed(  # type: ignore[no-untyped-def]
+def _uses(  # type: ignore[no-untyped-def]
     ids_ptr,
-    num_active,
-    TOP_K: tl.constexpr,
-    ROWS_P: tl.constexpr,
-    TOP_K_P: tl.constexpr,
+    first,
+    end,
     EXPERTS_P: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """[EXPERTS_P] whether an active row chose the expert.
+    """[EXPERTS_P] how many of the pairs from `first` to before `end` chose each expert.
 
     In one dimension from the start: flattening may reorder a block's elements, and a mask's differently.
     """
-    pairs = tl.arange(0, ROWS_P * TOP_K_P)
-    rows, choices = pairs // TOP_K_P, pairs % TOP_K_P
-    active = (rows < num_active) & (choices < TOP_K)
-    ids = tl.load(ids_ptr + rows * TOP_K + choices, mask=active, other=0).to(tl.int32)
-    return tl.histogram(ids, EXPERTS_P, mask=active) > 0
+    uses = tl.zeros((EXPERTS_P,), tl.int32)
+    for start in range(first, end, PAIRS):
+        pairs = start + tl.arange(0, PAIRS)
+        ids = tl.load(ids_ptr + pairs, mask=pairs < end, other=0).to(tl.int32)
+        uses += tl.histogram(ids, EXPERTS_P, mask=pairs < end)
+    return uses
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -100,14 +106,14 @@ def page_kernel(  # type: ignore[no-untyped-def]
     unused_ptr,  # int8 [experts]: prefetched, and not needed since
     step_ptr,  # int64
     counters_ptr,  # int64 [COUNTERS], columns in the order of pager.COUNTERS
-    row_missed_ptr,  # int32 [rows]
+    row_missed_ptr,  # int32 [rows] or None
     done_ptr,  # int8 [experts]: needed by this step and served by an earlier wave
     needed_ptr, keys_ptr, order_ptr,  # scratch: int8 [experts], int64 [slots], int32 [slots]
     hit_slots_ptr, hit_experts_ptr, num_hits_ptr, hit_map_ptr,  # what can be computed at once
     miss_slots_ptr, miss_experts_ptr, num_misses_ptr, miss_map_ptr,  # what is to be copied, then computed
     FIRST: tl.constexpr, STAMP_USE: tl.constexpr, BY_HEAT: tl.constexpr, HALF_LIFE: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     NUM_SLOTS: tl.constexpr, ROWS_P: tl.constexpr, TOP_K_P: tl.constexpr, EXPERTS_P: tl.constexpr,
-    SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr,
+    SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One wave of one layer. The first wave serves what is resident and as many misses as other slots can take; each
     later wave serves what is left, in slots whose experts this step no longer needs. Names with _P are padded to powers
@@ -116,7 +122,7 @@ def page_kernel(  # type: ignore[no-untyped-def]
     experts, slots = tl.arange(0, EXPERTS_P), tl.arange(0, SLOTS_P)
     is_expert = experts < NUM_EXPERTS
     step, num_active = tl.load(step_ptr), tl.load(num_active_ptr)
-    needed = _is_needed(ids_ptr, num_active, TOP_K, ROWS_P, TOP_K_P, EXPERTS_P) & is_expert
+    needed = (_uses(ids_ptr, 0, num_active * TOP_K, EXPERTS_P, PAIRS) > 0) & is_expert
     slot_of = tl.load(slot_of_ptr + experts, mask=is_expert, other=-1)
     unused = tl.load(unused_ptr + experts, mask=is_expert, other=0)
     expert_in = tl.load(expert_in_ptr + slots, mask=slots < NUM_SLOTS, other=-1)
@@ -133,7 +139,8 @@ def page_kernel(  # type: ignore[no-untyped-def]
     else:
         value = stamps
     if FIRST:
-        _count_missed_pairs(ids_ptr, num_active, slot_of_ptr, row_missed_ptr, TOP_K, ROWS_P, TOP_K_P)
+        if row_missed_ptr is not None:
+            _count_missed_pairs(ids_ptr, num_active, slot_of_ptr, row_missed_ptr, TOP_K, ROWS_P, TOP_K_P)
     else:
         needed = needed & (tl.load(done_ptr + experts, mask=is_expert, other=1) == 0)
 
@@ -263,6 +270,96 @@ def prefetch_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def prefetch_used_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr, num_ids,  # expert ids, those of many tokens or each once
+    budget,  # experts to prefetch at most
+    slot_of_ptr, expert_in_ptr, stamps_ptr, heat_ptr, unused_ptr, step_ptr, counters_ptr,  # as in `page_kernel`
+    num_prefetched_ptr,  # int64, added to
+    needed_ptr, keys_ptr, order_ptr,  # scratch: int8 [experts], int64 [experts], int32 [slots]
+    new_slots_ptr, new_experts_ptr, num_new_ptr,  # what is to be copied
+    BY_HEAT: tl.constexpr, HALF_LIFE: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_SLOTS: tl.constexpr,
+    EXPERTS_P: tl.constexpr, SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Give slots to absent experts that a layer is predicted to use, those of the most tokens first.
+
+    Neither a resident expert that is predicted nor one prefetched in this very step is a victim.
+    """
+    experts, slots = tl.arange(0, EXPERTS_P), tl.arange(0, SLOTS_P)
+    is_expert, is_slot = experts < NUM_EXPERTS, slots < NUM_SLOTS
+    step = tl.load(step_ptr)
+    uses = tl.where(is_expert, _uses(ids_ptr, 0, num_ids, EXPERTS_P, PAIRS), 0)
+    slot_of = tl.load(slot_of_ptr + experts, mask=is_expert, other=0)
+    wanted = (uses > 0) & (slot_of < 0)
+    tl.store(needed_ptr + experts, (uses > 0).to(tl.int8), mask=is_expert)
+    experts_64 = experts.to(tl.int64)
+    wanted_keys = tl.where(wanted, experts_64 - uses.to(tl.int64) * _MAX_EXPERTS, experts_64 + _LAST)
+    tl.store(keys_ptr + experts, wanted_keys, mask=is_expert)
+    tl.debug_barrier()
+    place = _ranks(wanted_keys, keys_ptr, NUM_EXPERTS, EXPERTS_P)  # [experts]
+    expert_in = tl.load(expert_in_ptr + slots, mask=is_slot, other=-1)
+    is_occupied = expert_in >= 0
+    stamps = tl.load(stamps_ptr + expert_in, mask=is_occupied, other=0)
+    slot_is_unused = tl.load(unused_ptr + expert_in, mask=is_occupied, other=0) != 0
+    in_need = tl.load(needed_ptr + expert_in, mask=is_occupied, other=0) != 0
+    is_fresh = is_occupied & slot_is_unused & (stamps == step)
+    if BY_HEAT:
+        slot_heat = tl.load(heat_ptr + expert_in, mask=is_occupied, other=0.0)
+        value = _heat_now(slot_heat, stamps, step, HALF_LIFE).to(tl.int32, bitcast=True).to(tl.int64)
+    else:
+        value = stamps
+    tl.debug_barrier()
+    rank = _victim_ranks(
+        value, is_occupied, expert_in, in_need, is_fresh, slots, keys_ptr, NUM_SLOTS, SLOTS_P
+    )
+    num_free = tl.sum((is_slot & (in_need == 0) & (is_fresh == 0)).to(tl.int32), axis=0)
+    num_new = tl.minimum(tl.minimum(tl.sum(wanted.to(tl.int32), axis=0), budget), num_free)
+    assigned = wanted & (place < num_new)
+    tl.store(order_ptr + rank, slots, mask=is_slot)
+    tl.store(new_experts_ptr + place, experts, mask=assigned)
+    heat = tl.load(heat_ptr + experts, mask=is_expert, other=0.0)
+    heat = _heat_now(heat, tl.load(stamps_ptr + experts, mask=is_expert, other=0), step, HALF_LIFE)
+    tl.debug_barrier()
+    is_victim = is_slot & (rank < num_new)
+    evicted = is_victim & is_occupied
+    new_expert = tl.load(new_experts_ptr + rank, mask=is_victim, other=0)  # [slots]
+    new_slot = tl.load(order_ptr + place, mask=assigned, other=0)  # [experts]
+    tl.store(slot_of_ptr + expert_in, -1, mask=evicted)
+    tl.store(unused_ptr + expert_in, 0, mask=evicted)
+    tl.store(slot_of_ptr + experts, new_slot, mask=assigned)
+    tl.store(expert_in_ptr + slots, new_expert, mask=is_victim)
+    tl.store(heat_ptr + experts, heat, mask=assigned)
+    tl.store(stamps_ptr + experts, step, mask=assigned)
+    tl.store(unused_ptr + experts, 1, mask=assigned)
+    tl.store(new_slots_ptr + place, new_slot, mask=assigned)
+    tl.store(num_new_ptr, num_new)
+    tl.store(num_prefetched_ptr, tl.load(num_prefetched_ptr) + num_new)
+    column = tl.arange(0, COUNTERS)
+    gained = tl.where(column == 3, tl.sum(evicted.to(tl.int32), axis=0), 0) + tl.where(
+        column == 4, num_new, 0
+    )
+    gained += tl.where(column == 6, tl.sum((evicted & slot_is_unused).to(tl.int32), axis=0), 0)
+    tl.store(counters_ptr + column, tl.load(counters_ptr + column) + gained)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def count_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr,  # [tokens, TOP_K] integers
+    starts_ptr,  # int32 [chunks + 1]: first token of each chunk
+    slot_of_ptr,  # int32 [experts]
+    needed_ptr, missed_ptr,  # int64 [chunks], added to
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_P: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """How many distinct experts each prompt chunk needs of a layer, and how many of them are absent."""
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS_P)
+    first, end = tl.load(starts_ptr + chunk) * TOP_K, tl.load(starts_ptr + chunk + 1) * TOP_K
+    is_needed = (_uses(ids_ptr, first, end, EXPERTS_P, PAIRS) > 0) & (experts < NUM_EXPERTS)
+    is_absent = tl.load(slot_of_ptr + experts, mask=is_needed, other=0) < 0
+    tl.store(needed_ptr + chunk, tl.load(needed_ptr + chunk) + tl.sum(is_needed.to(tl.int32), axis=0))
+    tl.store(missed_ptr + chunk, tl.load(missed_ptr + chunk) + tl.sum(is_absent.to(tl.int32), axis=0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def fetch_kernel(  # type: ignore[no-untyped-def]
     num_ptr, slots_ptr, experts_ptr,  # the copies of a wave, as `page_kernel` lists them
     addresses_ptr,  # int64 [experts]: where each expert's stored slab begins
@@ -289,12 +386,11 @@ def fetch_kernel(  # type: ignore[no-untyped-def]
 def list_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, num_active_ptr, counters_ptr,  # as in `page_kernel`
     experts_ptr, num_ptr,
-    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, ROWS_P: tl.constexpr, TOP_K_P: tl.constexpr,
-    EXPERTS_P: tl.constexpr,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_P: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The distinct experts of a step, where all are resident."""
     experts = tl.arange(0, EXPERTS_P)
-    needed = _is_needed(ids_ptr, tl.load(num_active_ptr), TOP_K, ROWS_P, TOP_K_P, EXPERTS_P)
+    needed = _uses(ids_ptr, 0, tl.load(num_active_ptr) * TOP_K, EXPERTS_P, PAIRS) > 0
     needed = needed & (experts < NUM_EXPERTS)
     count = tl.sum(needed.to(tl.int32), axis=0)
     tl.store(experts_ptr + tl.cumsum(needed.to(tl.int32), axis=0) - 1, experts, mask=needed)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.executor.build import new_decoder, new_prefetcher
+from actors.executor.build import new_passes, new_prefetcher
 from actors.executor.engine import Engine, EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import CheckpointExpertSource, ExpertSource
@@ -17,6 +17,7 @@ from actors.executor.host_pager import HostPager
 from actors.executor.model_loader import SlotModel, attach_slots, load_dense_model
 from actors.executor.pager import Pager
 from actors.executor.passes import Pass
+from actors.executor.predicted_routing import PredictedRouting
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.slots import SlotPool
 from common.checkpoint import Checkpoint
@@ -121,14 +122,15 @@ def start_engine(
     prefetch: bool = True,
     limits: EngineLimits | None = None,
     top_k: int = TOP_K,
+    routing: PredictedRouting | None = None,
     **engine: Any,
 ) -> Harness:
     limits = limits or EngineLimits(max_batch_size=4, prefill_chunk_tokens=5, max_queued_requests=8)
     runner = ModelRunner(model, limits.max_batch_size + 1, max_tokens=128)
-    prefetcher = new_prefetcher(model) if prefetch else None
     runner.run([RowInput(0, 0, (0,))], Pass(1))
-    decoder = new_decoder(model, runner, limits.max_batch_size, top_k, engine.get("predicted_routing"))
-    built = Engine(runner, decoder, model.pager, model.clock, limits, prefetcher=prefetcher, **engine)
+    prompts, decoder = new_passes(model, runner, limits.max_batch_size, top_k, routing, prefetch)
+    prefetcher = new_prefetcher(model, prompts) if prefetch else None
+    built = Engine(prompts, decoder, model.pager, model.clock, limits, prefetcher=prefetcher, **engine)
     built.start()
     return Harness(built, model)
 

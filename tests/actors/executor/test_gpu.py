@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.executor.build import new_decoder
+from actors.executor.build import new_passes
 from actors.executor.engine import EngineLimits
 from actors.executor.gpu.graph_decoder import GraphDecoder
 from actors.executor.passes import Pass
 from actors.executor.runner import ModelRunner, RowInput
-from actors.executor.sequence import Sequence
+from actors.executor.sequence import PromptChunk, Sequence
 from common.generation import GenerationRequest, SamplingParams
 from common.hash_table import HashTable
 from tests.actors.executor.harness import (
@@ -78,19 +78,24 @@ def test_captured_steps_are_bit_equal_to_all_resident(
 
 
 def decode_logits(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tensor]:
-    """Logits of six captured steps over three rows."""
+    """Logits of three prompts and of six captured steps over their rows."""
     model = slot_model(folder, num_slots, dtype, device="cuda", on_device=True)
     runner = ModelRunner(model, num_rows=4, max_tokens=64)
     runner.run([RowInput(0, 0, (0,))], Pass(1))
-    decoder = new_decoder(model, runner, num_rows=3, top_k=TOP_K)
+    prompts, decoder = new_passes(model, runner, num_rows=3, top_k=TOP_K)
     assert isinstance(decoder, GraphDecoder)
     sequences = []
     for row, prompt in enumerate(PROMPTS):
         request = GenerationRequest(f"r{row}", tuple(prompt), SamplingParams(max_tokens=9, temperature=0.0))
         sequences.append(Sequence.of(request, QueueSink(), None))
         sequences[-1].row = row
-        decoder.first(sequences[-1], runner.run([RowInput(row, 0, prompt)], Pass(1)))
     logits = []
+    for group in (sequences[:1], sequences[1:]):
+        chunks = [PromptChunk.next_of(sequence, 64) for sequence in group]
+        parts = [chunks] if len(chunks) <= prompts.max_chunks else [[chunk] for chunk in chunks]
+        read = [prompts.read(part, lambda _: None, paced=False).logits for part in parts]
+        logits.append(torch.cat(read))
+        decoder.first(group, logits[-1])
     for _ in range(6):
         decoder.launch(sequences).result()
         logits.append(decoder._buckets[4].logits[:3].clone())

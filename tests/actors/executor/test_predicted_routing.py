@@ -44,7 +44,7 @@ def test_hash_function_routes_prompt_and_generated_tokens(
     folder: Path, function: HashFunction, with_table: bool
 ) -> None:
     expected = [expected_tokens(folder, function, prompt) for prompt in PROMPTS]
-    harness = start_engine(slot_model(folder), predicted_routing=PredictedRouting(function))
+    harness = start_engine(slot_model(folder), routing=PredictedRouting(function))
     try:
         sinks = []
         for index, prompt in enumerate(PROMPTS):

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from actors.executor.engine import EngineLimits
-from actors.executor.gpu.fused_model import FusedModel, fuses
+from actors.executor.gpu.fused_model import fuses
 from actors.executor.gpu.graph_decoder import bucket_sizes
-from actors.executor.passes import Pass
-from actors.executor.runner import ModelRunner, RowInput
 from common.hash_table import HashTable
 from tests.actors.executor.harness import Harness, library_greedy, library_model, slot_model, start_engine
 from tests.tiny_models import NUM_EXPERTS, make_checkpoint
@@ -148,26 +146,6 @@ def test_running_streams_get_steps_between_the_layers_of_a_prompt(
     model = library_model(folder)
     assert joined.token_ids() == library_greedy(model, long_prompt, 2)
     assert running.token_ids() == library_greedy(model, PROMPTS[0], 9)
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_fused_prompts_have_the_librarys_logits(family: str, device: str, tmp_path: Path) -> None:
-    """In one chunk and in two; mixtral's sliding window is shorter than the prompt."""
-    of = make_checkpoint(family, tmp_path, num_layers=2)
-    prompt = [(7 * place) % 120 + 1 for place in range(11)]
-    with torch.no_grad():
-        expected = library_model(of)(torch.tensor([prompt])).logits[:, -1]
-    model = slot_model(of, 3, device=device, on_device=True)
-    runner = ModelRunner(model, num_rows=3, max_tokens=32)
-    runner.run([RowInput(0, 0, (0,))], Pass(1))
-    fused = FusedModel(model.model, runner.cache, model.clock)
-    runner.prompt_forward = fused.prefill
-    whole = runner.run([RowInput(1, 0, prompt)], Pass(1))
-    runner.run([RowInput(2, 0, prompt[:7])], Pass(1))
-    in_two = runner.run([RowInput(2, 7, prompt[7:])], Pass(1))
-    torch.testing.assert_close(whole.cpu(), expected, atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(in_two.cpu(), expected, atol=2e-4, rtol=1e-4)
-    model.pager.close()
 
 
 def test_buckets_are_powers_of_two_up_to_a_limit() -> None:

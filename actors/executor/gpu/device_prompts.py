@@ -1,0 +1,89 @@
+"""Reads prompts of several sequences in one pass that pages by itself, for experts that `prompt_expert_kernels` computes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.executor.gpu.pager import MAX_ROWS, DevicePager
+from actors.executor.gpu.prompt_pass import PackedPrompts, PromptPass
+from actors.executor.model_loader import SlotModel
+from actors.executor.passes import PassClock
+from actors.executor.prompts import AfterLayer, PromptResult
+from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.sequence import PromptChunk
+
+# Packed tokens -> [chunks, vocab] float32 logits of each chunk's last token.
+PromptForward = Callable[[PackedPrompts], Tensor]
+
+
+class DevicePrompts:
+    """
+    Args:
+        runner: reads the prompts of families without a forward of their own, one chunk at a time.
+        forward: computes packed prompts, in a `PromptPass`.
+        prefetch: copy experts for the next layer while one is computed.
+    """
+
+    runs_ahead = True
+
+    def __init__(
+        self, slot_model: SlotModel, runner: ModelRunner, forward: PromptForward | None, prefetch: bool = True
+    ) -> None:
+        assert isinstance(slot_model.pager, DevicePager)
+        self._pager: DevicePager = slot_model.pager
+        self._model: PreTrainedModel = slot_model.model
+        self._clock: PassClock = slot_model.clock
+        self._runner, self._forward, self._prefetch = runner, forward, prefetch
+        self.max_chunks = MAX_ROWS if forward is not None else 1
+
+    def read(self, chunks: Sequence[PromptChunk], after_layer: AfterLayer, paced: bool) -> PromptResult:
+        inputs = [RowInput(chunk.sequence.row, chunk.start, chunk.token_ids) for chunk in chunks]
+        return self.read_rows(inputs, after_layer, paced)
+
+    @torch.inference_mode()
+    def read_rows(
+        self, inputs: Sequence[RowInput], after_layer: AfterLayer = lambda _: None, paced: bool = False
+    ) -> PromptResult:
+        """`read` of any rows' next tokens, at most `max_chunks` rows."""
+        prompts = PackedPrompts.of(inputs, self._model.device)
+        pass_ = PromptPass(self._pager, self._clock.num_layers, prompts, self._prefetch, after_layer, paced)
+        self._clock.begin_pass(pass_)
+        try:
+            self._pager.begin_prompt()
+            after_layer(-1)
+            logits = self._runner.forward(inputs) if self._forward is None else self._forward(prompts)
+        finally:
+            self._pager.join()
+            self._clock.end_pass()
+        return self._result(pass_, logits)
+
+    def _result(self, pass_: PromptPass, logits: Tensor) -> PromptResult:
+        """Waits for the pass."""
+        inputs = pass_.prompts.inputs
+        needed, missed = pass_.needed.cpu().numpy(), pass_.missed.cpu().numpy()
+        choices: NDArray[np.int64] = (
+            torch.stack(pass_.choices).cpu().long().numpy()
+        )  # [layers, tokens, top_k]
+        lengths = [len(each.token_ids) for each in inputs]
+        of_chunks = np.split(choices, np.cumsum(lengths)[:-1], axis=1)
+        fetched = missed + _shared(int(self._pager.num_prefetched), lengths)
+        return PromptResult(logits, needed, missed, fetched, [list(each) for each in of_chunks])
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        self._pager.join()
+        running = self._clock.running
+        with self._runner.cache.address_kept():
+            yield
+        self._clock.running = running
+
+
+def _shared(count: int, lengths: Sequence[int]) -> NDArray[np.int64]:
+    """`count` parted by length."""
+    ends = np.cumsum(lengths) * count // sum(lengths)
+    return np.diff(ends, prepend=0)
