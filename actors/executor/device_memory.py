@@ -147,7 +147,6 @@ def measure_memory(
     experts = next(iter(find_experts_modules(model).values()))
     passes_bytes = (
         dense_bytes
-        + _repeated_bytes(model, row_bytes)
         + _grouped_bytes(architecture, chunk)
         + _step_experts_bytes(architecture, layout, experts, rows, on_device)
         + _VALUES_PER_LOGIT * _FLOAT_BYTES * rows * architecture.vocab_size
@@ -217,14 +216,6 @@ def _widest_graph(max_batch_size: int) -> int:
     from actors.executor.gpu.graph_decoder import bucket_sizes
 
     return bucket_sizes(max_batch_size)[-1]
-
-
-def _repeated_bytes(model: PreTrainedModel, row_bytes: int) -> int:
-    """One layer's keys and values of a row, repeated for the query heads: fused prompts do it, the library may not."""
-    text = model.config.get_text_config()
-    num_heads = text.num_attention_heads
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    return int(row_bytes * num_heads / num_kv_heads / text.num_hidden_layers)
 
 
 def _grouped_bytes(architecture: MoeArchitecture, num_tokens: int) -> int:

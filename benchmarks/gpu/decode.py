@@ -3,7 +3,7 @@
 Decode steps as the engine runs them (CUDA graphs that page by themselves, one step launched ahead) at
 several numbers of slots, batch sizes and routings; reading one prompt at each number of slots; peak memory;
 and whether tokens and logits are those of the most slots measured, bit for bit. Beside each time stand the
-same step with every expert in a slot (compute), the missed experts' bytes at the copy engine's rate (link),
+same step with every expert in a slot (compute), the missed experts' bytes at the best rate of copies from the host (link),
 the ratio to the larger of the two, and the needed weights' bytes at the GPU's own rate (weights). Every
 routing but `natural` is a table drawn beforehand, the same for all numbers of slots; what the model guesses
 of its next layer is no guess of a table, so prefetching has one only with --foresight. Random weights by
@@ -178,7 +178,7 @@ class Benchmark:
         return {
             "fetched_mb_per_step": round(fetched_bytes / 1e6, 2),
             "fetched_gb_per_s": round(fetched_bytes / row["step_ms"] / 1e6, 2),
-            "link_ms": round(demanded_bytes / self.rates["link_copy_engine"] / 1e6, 3),
+            "link_ms": round(demanded_bytes / self.rates["link"] / 1e6, 3),
         }
 
     def _memory(self, setup: Setup) -> Row:

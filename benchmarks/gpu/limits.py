@@ -19,12 +19,16 @@ READ_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 22}  # of 4 bytes
 
 
 def measure_rates(host: HostModel) -> dict[str, float]:
-    """GB/s, medians of RUNS. `device_copy` counts bytes read and bytes written."""
+    """GB/s, medians of RUNS. `device_copy` counts bytes read and bytes written; `link` is the best of host to device:
+    copies of small experts one by one are bound by their launches.
+    """
+    general, copy_engine = measured_bandwidths(host.device), copy_engine_gb_per_s(host)
     return {
-        **measured_bandwidths(host.device),
+        **general,
         "device_read": round(device_read_gb_per_s(host.device), 1),
-        "link_copy_engine": round(copy_engine_gb_per_s(host), 2),
+        "link_copy_engine": round(copy_engine, 2),
         "link_fetch_kernel": round(fetch_kernel_gb_per_s(host), 2),
+        "link": round(max(copy_engine, general.get("host_pinned_to_device", 0.0)), 2),
     }
 
 

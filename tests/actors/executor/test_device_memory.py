@@ -122,25 +122,20 @@ def test_the_cache_is_as_large_as_the_one_that_is_allocated(family: str, tmp_pat
     assert (memory.free_bytes, memory.total_bytes) == (7, 9)
 
 
-def repeated_bytes(memory: DeviceMemory, group: int) -> int:
-    """The keys and values of one row and layer of three, for every query head."""
-    return memory.cache_bytes // (LIMITS.max_batch_size + 1) // 3 * group
-
-
 def test_the_passes_are_what_was_measured_and_what_experts_and_logits_take(tmp_path: Path) -> None:
     memory, _, _ = measure(make_checkpoint("qwen3_moe", tmp_path), FakeMeter(peaks=(1000, 200)))
     per_pair = (4 * HIDDEN + 3 * INTERMEDIATE) * 4
     experts = (LIMITS.prefill_chunk_tokens + LIMITS.max_batch_size) * TOP_K * per_pair
     logits = 6 * 4 * LIMITS.max_batch_size * VOCAB_SIZE
-    assert memory.passes_bytes == 1000 + 200 + repeated_bytes(memory, group=2) + experts + logits
+    assert memory.passes_bytes == 1000 + 200 + experts + logits
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its step on the CPU needs Triton's interpreter")
 @pytest.mark.parametrize(
-    ("family", "group", "copies_experts"),
-    [("qwen3_moe", 2, False), ("gpt_oss", 2, True), ("deepseek_v3", 1, False)],
+    ("family", "copies_experts"), [("qwen3_moe", False), ("gpt_oss", True), ("deepseek_v3", False)]
 )
 def test_graphs_are_as_wide_as_a_power_of_two_and_may_copy_experts(
-    family: str, group: int, copies_experts: bool, tmp_path: Path
+    family: str, copies_experts: bool, tmp_path: Path
 ) -> None:
     memory, architecture, layout = measure(
         make_checkpoint(family, tmp_path), FakeMeter(peaks=(0, 0)), on_device=True
@@ -151,7 +146,7 @@ def test_graphs_are_as_wide_as_a_power_of_two_and_may_copy_experts(
     step = rows * TOP_K * (layout.slab_bytes if copies_experts else per_pair)
     prompt = LIMITS.prefill_chunk_tokens * TOP_K * per_pair
     logits = 6 * 4 * rows * VOCAB_SIZE
-    assert memory.passes_bytes == prompt + step + logits + repeated_bytes(memory, group)
+    assert memory.passes_bytes == prompt + step + logits
 
 
 def test_a_model_that_was_measured_generates_the_librarys_tokens(tmp_path: Path) -> None:

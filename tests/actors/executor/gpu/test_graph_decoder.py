@@ -11,8 +11,16 @@ import torch
 from actors.executor.engine import EngineLimits
 from actors.executor.gpu.fused_model import fuses
 from actors.executor.gpu.graph_decoder import bucket_sizes
+from common.generation import GenerationChunk, GenerationRequest, SamplingParams
 from common.hash_table import HashTable
-from tests.actors.executor.harness import Harness, library_greedy, library_model, slot_model, start_engine
+from tests.actors.executor.harness import (
+    Harness,
+    QueueSink,
+    library_greedy,
+    library_model,
+    slot_model,
+    start_engine,
+)
 from tests.tiny_models import NUM_EXPERTS, make_checkpoint
 
 # Rows that only pad a bucket hold garbage, of which numpy tells.
@@ -162,3 +170,33 @@ def test_broken_logits_end_the_request_and_no_other(start: StartEngine, expected
     with pytest.raises(Exception, match="not a number"):
         harness.submit([99], "broken", max_tokens=4).result()
     assert harness.submit(PROMPTS[0], "fine", max_tokens=2).token_ids() == expected[0][:2]
+
+
+class SubmittingSink(QueueSink):
+    """Submits other requests when its first chunk comes: the engine then finds them all at once."""
+
+    def __init__(self, submit: Callable[[], object]) -> None:
+        super().__init__()
+        self._submit = submit
+
+    def put(self, chunk: GenerationChunk) -> None:
+        self._submit()
+        super().put(chunk)
+
+
+def test_prompts_that_wait_together_are_read_in_one_pass(start: StartEngine, tmp_path: Path) -> None:
+    of = make_checkpoint("qwen3_moe", tmp_path, num_layers=2)
+    harness, model, sinks = start(3, of=of), library_model(of), list[QueueSink]()
+
+    def submit_all() -> None:
+        for index, prompt in enumerate(PROMPTS[1:]):
+            sinks.append(harness.submit(prompt, f"r{index}", max_tokens=2))
+
+    begun = harness.slot_model.clock.passes_begun
+    first = SubmittingSink(submit_all)
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    harness.engine.submit(GenerationRequest("first", tuple(PROMPTS[0]), params), first)
+    assert first.token_ids() == library_greedy(model, PROMPTS[0], 1)
+    for sink, prompt in zip(sinks, PROMPTS[1:], strict=True):
+        assert sink.token_ids() == library_greedy(model, prompt, 2)
+    assert harness.slot_model.clock.passes_begun == begun + 2, "one for the first, one for all others"
