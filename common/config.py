@@ -137,6 +137,13 @@ class ServingConfig(BaseModel):
     max_queued_requests: int = _at_least(
         128, 1, 1_000_000, "Requests that may wait for an executor; more are refused with status 503."
     )
+    status_interval_s: float = _option(
+        5.0,
+        "0 to 86400",
+        "Seconds between the lines in which an executor logs what it does, while it does something; 0: none.",
+        ge=0,
+        le=86_400,
+    )
     api_key: str | None = _option(
         None,
         "printable ASCII without spaces",

@@ -14,6 +14,7 @@ ServingError                       500
 │  ├─ InvalidParameterError        400  one field of the request
 │  ├─ VocabularyError              400  a token id outside the vocabulary
 │  ├─ ContextTooLongError          400  prompt + max_tokens over the limit
+│  ├─ NoChatTemplateError          400  messages for a model that cannot read them
 │  ├─ AuthenticationError          401
 │  └─ ModelNotFoundError           404
 └─ UnavailableError                503, retryable
@@ -25,6 +26,7 @@ Ray rebuilds an exception by calling its class with `args`, so every class passe
 `super().__init__` and formats its message in `__str__`.
 """
 
+import reprlib
 from typing import Any, ClassVar
 
 
@@ -156,12 +158,22 @@ class InvalidParameterError(RequestError):
         return f"{self.param}={self.value!r} is not possible: {self.allowed}"
 
 
+class Shortened:
+    """Shows a value in an error without repeating a whole prompt."""
+
+    def __init__(self, value: Any) -> None:
+        self._text = reprlib.repr(value)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
 class VocabularyError(RequestError):
     code = "token_out_of_range"
 
-    def __init__(self, token_id: int, vocab_size: int) -> None:
-        super().__init__(token_id, vocab_size)
-        self.param, self.token_id, self.vocab_size = "prompt", token_id, vocab_size
+    def __init__(self, token_id: int, vocab_size: int, param: str = "prompt") -> None:
+        super().__init__(token_id, vocab_size, param)
+        self.token_id, self.vocab_size, self.param = token_id, vocab_size, param
 
     def __str__(self) -> str:
         return f"token id {self.token_id} is not in the vocabulary of {self.vocab_size} tokens (0 to {self.vocab_size - 1})"
@@ -170,19 +182,29 @@ class VocabularyError(RequestError):
 class ContextTooLongError(RequestError):
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
-        super().__init__(prompt_tokens, max_tokens, limit)
-        self.param, self.prompt_tokens, self.max_tokens, self.limit = (
-            "prompt",
-            prompt_tokens,
-            max_tokens,
-            limit,
-        )
+    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int, param: str = "prompt") -> None:
+        super().__init__(prompt_tokens, max_tokens, limit, param)
+        self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
+        self.param = param
 
     def __str__(self) -> str:
         return (
             f"the prompt has {self.prompt_tokens} tokens and max_tokens is {self.max_tokens}, together "
             f"{self.prompt_tokens + self.max_tokens}; the limit is {self.limit}"
+        )
+
+
+class NoChatTemplateError(RequestError):
+    code = "no_chat_template"
+    param = "messages"
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(missing)
+        self.missing = missing
+
+    def __str__(self) -> str:
+        return (
+            f"the model has no {self.missing}, so it cannot read messages; send a prompt to /v1/completions"
         )
 
 

@@ -11,7 +11,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen and when to stop. The ingress has validated every field."""
+    """How the next token is chosen and when to stop. The ingress has validated every field.
+
+    Before `min_tokens` tokens neither an end-of-sequence token nor a stop string ends the completion. What did not end
+    it stays: the stop string as text, the end token as a token, which the model reads on, as with `ignore_eos`.
+    """
 
     max_tokens: int = 16
     temperature: float = 1.0  # 0 is greedy
@@ -21,6 +25,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely ones'
     ignore_eos: bool = False
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,15 @@ class ExpertUsage:
 
 
 @dataclass(frozen=True)
+class RequestTimings:
+    """Where the seconds of one request went, on its executor. They follow each other without a gap."""
+
+    queue_s: float  # from its arrival until it had a row of the batch
+    prefill_s: float  # from there to its first token
+    decode_s: float  # from there to its last token
+
+
+@dataclass(frozen=True)
 class GenerationChunk:
     """What one step added to a request. `text` may lag behind `token_ids` (split characters, possible stops)."""
 
@@ -66,3 +80,4 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id when asked for
     finish_reason: FinishReason | None = None  # set on the last chunk
     experts: ExpertUsage | None = None  # set on the last chunk
+    timings: RequestTimings | None = None  # set on the last chunk

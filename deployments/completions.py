@@ -1,21 +1,24 @@
-"""Completion requests into generation requests, and what executors generate into completions.
+"""Requests for completions and chat completions into generation requests, and their chunks into answers.
 
 Plain asyncio behind a Protocol: neither HTTP nor Ray is known here.
 """
 
 import asyncio
-import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from common.errors import EngineStoppedError, ModelNotFoundError
-from common.generation import ExpertUsage, FinishReason, GenerationChunk, GenerationRequest, TokenLogprobs
-from deployments.openai_schema import Choice, Completion, CompletionRequest, ExpertFigures, Logprobs, Usage
+from common.generation import GenerationChunk, GenerationRequest
+from deployments.answers import Answer, ChatAnswer, CompletionAnswer, GrowingChoice
+from deployments.chat_schema import ChatCompletion, ChatCompletionChunk, ChatRequest
+from deployments.openai_schema import Completion, CompletionRequest
 from deployments.prompts import PromptReader
 
+Request = CompletionRequest | ChatRequest
+Whole = Completion | ChatCompletion
+Piece = Completion | ChatCompletionChunk
 T = TypeVar("T")
 
 
@@ -31,12 +34,16 @@ class Backend(Protocol):
         ...
 
     async def expert_report(self) -> dict[str, Any]:
-        """What the store holds and what every executor did with its slots; plain JSON."""
+        """What the store holds (None if it does not answer) and what every executor did with its slots; plain JSON."""
+        ...
+
+    async def live_view(self) -> dict[str, Any]:
+        """What happens to every expert of every executor, see `actors.executor.live_view`; plain JSON."""
         ...
 
 
 class CompletionService:
-    """Answers completion requests of one served model."""
+    """Answers requests for completions and chat completions of one served model."""
 
     def __init__(
         self, served_name: str, reader: PromptReader, backend: Backend, seed: int | None = None
@@ -46,7 +53,7 @@ class CompletionService:
         self.backend = backend
         self._seed = seed
 
-    async def complete(self, request: CompletionRequest) -> Completion:
+    async def complete(self, request: Request) -> Whole:
         """
         Raises:
             RequestError: the request cannot be served as it is.
@@ -58,8 +65,8 @@ class CompletionService:
                 answer.choices[index].add(chunk)
         return answer.whole()
 
-    async def stream(self, request: CompletionRequest) -> AsyncGenerator[Completion, None]:
-        """The completion in pieces as they are generated; closing the generator cancels the request.
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
+        """The answer in pieces as they are generated; closing the generator cancels the request.
 
         Raises:
             RequestError, UnavailableError: before or between the pieces.
@@ -67,125 +74,45 @@ class CompletionService:
         answer = self._admit(request)
         async with aclosing(self._run(answer)) as chunks:
             async for index, chunk in chunks:
-                yield answer.piece([answer.choices[index].add(chunk)])
+                yield answer.piece(answer.choices[index].add(chunk))
         if request.include_usage:
-            yield answer.piece([], answer.usage())
+            yield answer.last_piece()
 
-    def _admit(self, request: CompletionRequest) -> "_Answer":
+    def _admit(self, request: Request) -> Answer:
         if request.model not in (None, self.served_name):
             raise ModelNotFoundError(str(request.model), self.served_name)
         self.reader.check_stops(request.stop)
-        prompts = [self.reader.read(prompt, request.max_tokens) for prompt in request.prompt]
-        sampling = request.sampling(self._seed)
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
-        requests = [
-            GenerationRequest(f"{answer_id}-{index}", prompt, sampling)
-            for index, prompt in enumerate(prompts)
-        ]
-        choices = [_ChoiceBuilder(index, self.reader) for index in range(len(prompts))]
-        return _Answer(answer_id, self.served_name, requests, choices)
+        if isinstance(request, ChatRequest):
+            prompts, echoes = [self.reader.read_messages(request.messages, request.token_limit)], [""]
+            return self._start(ChatAnswer, request, prompts, echoes)
+        prompts = [self.reader.read(prompt, request.token_limit) for prompt in request.prompt]
+        echoes = [self.reader.echo(prompt) if request.echo else "" for prompt in request.prompt]
+        return self._start(CompletionAnswer, request, prompts, echoes)
 
-    def _run(self, answer: "_Answer") -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+    def _start(
+        self,
+        kind: type[Answer],
+        request: Request,
+        prompts: Sequence[tuple[int, ...]],
+        echoes: Sequence[str],
+    ) -> Answer:
+        """An answer with `n` generations of each prompt, the first prompt's first."""
+        answer_id = f"{kind.id_prefix}-{uuid.uuid4().hex}"
+        requests: list[GenerationRequest] = []
+        choices: list[GrowingChoice] = []
+        for prompt, echoed in zip(prompts, echoes, strict=True):
+            max_tokens = request.token_limit or self.reader.context_limit - len(prompt)
+            for choice in range(request.n):
+                sampling = request.sampling(max_tokens, self._seed, choice)
+                requests.append(GenerationRequest(f"{answer_id}-{len(requests)}", prompt, sampling))
+                choices.append(GrowingChoice(len(choices), self.reader.token_text, echoed))
+        prompt_tokens = sum(len(prompt) for prompt in prompts)
+        return kind(answer_id, self.served_name, requests, choices, prompt_tokens, request.timings)
+
+    def _run(self, answer: Answer) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         for request in answer.requests:
             self.backend.predict(request)  # first, so that the table is on its way when the executor looks
         return merge([self.backend.generate(request) for request in answer.requests])
-
-
-@dataclass
-class _ChoiceBuilder:
-    """One prompt's continuation as it grows."""
-
-    index: int
-    reader: PromptReader
-    text: list[str] = field(default_factory=list)
-    logprobs: Logprobs | None = None
-    num_tokens: int = 0
-    num_characters: int = 0
-    finish_reason: FinishReason | None = None
-    experts: ExpertUsage = field(default_factory=ExpertUsage)
-
-    def add(self, chunk: GenerationChunk) -> Choice:
-        """Take a chunk in; returns what is new as a choice of its own."""
-        new = self._logprobs(chunk.logprobs) if chunk.logprobs else None
-        if new is not None:
-            self.logprobs = self.logprobs or Logprobs()
-            _extend(self.logprobs, new)
-        self.text.append(chunk.text)
-        self.num_tokens += len(chunk.token_ids)
-        self.finish_reason = chunk.finish_reason
-        self.experts = chunk.experts or self.experts
-        return Choice(index=self.index, text=chunk.text, logprobs=new, finish_reason=chunk.finish_reason)
-
-    def choice(self) -> Choice:
-        return Choice(
-            index=self.index,
-            text="".join(self.text),
-            logprobs=self.logprobs,
-            finish_reason=self.finish_reason,
-        )
-
-    def _logprobs(self, positions: Sequence[TokenLogprobs]) -> Logprobs:
-        new = Logprobs()
-        for position in positions:
-            token = self.reader.token_text(position.token_id)
-            new.tokens.append(token)
-            new.token_logprobs.append(position.logprob)
-            new.top_logprobs.append(self._top(position))
-            new.text_offset.append(self.num_characters)
-            self.num_characters += 0 if token.startswith("token_id:") else len(token)
-        return new
-
-    def _top(self, position: TokenLogprobs) -> dict[str, float]:
-        top: dict[str, float] = {}
-        for token_id, logprob in position.top:
-            top.setdefault(self.reader.token_text(token_id), logprob)  # the likelier of two with one spelling
-        return top
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One request under way: its prompts as generation requests, and their choices."""
-
-    id: str
-    model: str
-    requests: list[GenerationRequest]
-    choices: list[_ChoiceBuilder]
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(self) -> Completion:
-        return self.piece([choice.choice() for choice in self.choices], self.usage())
-
-    def piece(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
-        return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
-
-    def usage(self) -> Usage:
-        prompt_tokens = sum(len(request.prompt_token_ids) for request in self.requests)
-        completion_tokens = sum(choice.num_tokens for choice in self.choices)
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            experts=ExpertFigures.of(_total(choice.experts for choice in self.choices)),
-        )
-
-
-def _total(usages: Iterable[ExpertUsage]) -> ExpertUsage:
-    total = ExpertUsage()
-    for usage in usages:
-        total = ExpertUsage(
-            total.needed + usage.needed,
-            total.predicted + usage.predicted,
-            total.missed + usage.missed,
-            total.moved_bytes + usage.moved_bytes,
-        )
-    return total
-
-
-def _extend(logprobs: Logprobs, new: Logprobs) -> None:
-    logprobs.tokens += new.tokens
-    logprobs.token_logprobs += new.token_logprobs
-    logprobs.top_logprobs += new.top_logprobs
-    logprobs.text_offset += new.text_offset
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

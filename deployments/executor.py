@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,10 +14,12 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.executor.build import build_engine
 from actors.executor.chunk_stream import ChunkStream
+from actors.executor.live_view import LiveView
+from actors.executor.status_line import StatusLine
 from actors.executor.store_source import StoreExpertSource
 from common.config import ServingConfig
 from common.errors import HashTableError, TableBusError
-from common.generation import GenerationChunk, GenerationRequest
+from common.generation import ExpertUsage, GenerationChunk, GenerationRequest, RequestTimings
 from deployments.replica import replica_id
 from deployments.table_server import connect_bus
 
@@ -45,7 +49,10 @@ class ExecutorDeployment:
         self._engine.start()
         self._bus = connect_bus(config, table_server) if table_server is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._view = LiveView(self._engine.activity, self._engine.report)
         self._spawn(self._follow_store())
+        if config.status_interval_s:
+            self._spawn(self._log_status(config.status_interval_s))
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         """Stream a request's chunks; closing the iterator early frees its row.
@@ -56,10 +63,16 @@ class ExecutorDeployment:
         stream = ChunkStream(asyncio.get_running_loop())
         self._engine.submit(request, stream)
         delivery = self._spawn(self._deliver_table(request.request_id)) if self._bus is not None else None
+        entry = _LogEntry(request)
         try:
             async for chunk in stream:
+                entry.take(chunk)
                 yield chunk
+        except Exception as error:
+            entry.status = getattr(error, "code", type(error).__name__)
+            raise
         finally:
+            entry.write()
             self._engine.cancel(request.request_id)
             if delivery is not None and not delivery.done():
                 delivery.cancel()
@@ -69,6 +82,10 @@ class ExecutorDeployment:
         """What is resident and what has happened since start, as JSON."""
         report = self._engine.report().to_json()
         return {"replica": replica_id(), "store_generation": self._source.generation, **report}
+
+    async def live_view(self) -> dict[str, Any]:
+        """What happens to every expert, for the live page."""
+        return {"replica": replica_id(), **self._view.look()}
 
     def check_health(self) -> None:
         """
@@ -109,6 +126,14 @@ class ExecutorDeployment:
         except HashTableError as error:
             logger.warning("request %s runs on demand: %s", request_id, error)
 
+    async def _log_status(self, interval_s: float) -> None:
+        status = StatusLine(self._engine.report(), time.monotonic())
+        while True:
+            await asyncio.sleep(interval_s)
+            line = status.next(self._engine.report(), time.monotonic())
+            if line is not None:
+                logger.info("executor %s: %s", replica_id(), line)
+
     async def _follow_store(self) -> None:
         """Take over the objects of a store that was restarted; until then the old views serve."""
         while True:
@@ -120,6 +145,34 @@ class ExecutorDeployment:
                     logger.info("Executor now reads the experts of store generation %s", directory.generation)
             except Exception as error:  # the store is away; Serve brings it back
                 logger.warning("The expert store does not answer, its last objects are used: %s", error)
+
+
+@dataclass
+class _LogEntry:
+    """One request, as the log tells of it at its end."""
+
+    request: GenerationRequest
+    status: str = "cancelled"
+    num_tokens: int = 0
+    timings: RequestTimings | None = None
+    experts: ExpertUsage | None = None
+
+    def take(self, chunk: GenerationChunk) -> None:
+        self.num_tokens += len(chunk.token_ids)
+        self.status = chunk.finish_reason or self.status
+        self.timings, self.experts = chunk.timings, chunk.experts
+
+    def write(self) -> None:
+        timings, experts = self.timings, self.experts
+        where = "" if timings is None else (
+            f" queue_ms={1e3 * timings.queue_s:.1f} prefill_ms={1e3 * timings.prefill_s:.1f} "
+            f"decode_ms={1e3 * timings.decode_s:.1f}"
+        )  # fmt: skip
+        which = "" if experts is None else f" experts_needed={experts.needed} experts_missed={experts.missed}"
+        logger.info(
+            "request %s ended: status=%s prompt_tokens=%d generated_tokens=%d%s%s",
+            self.request.request_id, self.status, len(self.request.prompt_token_ids), self.num_tokens, where, which,
+        )  # fmt: skip
 
 
 def _num_threads() -> int:

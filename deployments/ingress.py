@@ -1,4 +1,4 @@
-"""The ingress deployment: HTTP for clients, and the same completions as plain dicts for other Ray applications.
+"""The ingress deployment: HTTP for clients, and the same answers as plain dicts for other Ray applications.
 
 A thin shell: the work is in `completions.py`, the routes in `http_api.py`.
 """
@@ -16,13 +16,17 @@ from ray.serve.handle import DeploymentHandle
 from common.config import ServingConfig
 from common.generation import GenerationChunk, GenerationRequest
 from common.tokenizer import load_tokenizer
+from deployments.chat_schema import ChatRequest
 from deployments.completions import CompletionService
 from deployments.http_api import create_http_api
 from deployments.openai_errors import reply_to
 from deployments.openai_schema import CompletionRequest
 from deployments.prompts import PromptReader
+from deployments.request_metrics import ObservedBackend, RequestMetrics
 
 logger = logging.getLogger("ray.serve")
+
+_STORE_ANSWER_S = 2.0
 
 
 class Ingress:
@@ -48,12 +52,12 @@ class Ingress:
         assert config.max_context_tokens is not None
         reader = PromptReader(load_tokenizer(config.model), vocab_size, config.max_context_tokens)
         self._api_key = config.api_key
-        self.service = CompletionService(
-            config.served_name, reader, HandleBackend(predictor, executor, store), config.seed
-        )
+        self._metrics = RequestMetrics()
+        backend = ObservedBackend(HandleBackend(predictor, executor, store), self._metrics)
+        self.service = CompletionService(config.served_name, reader, backend, config.seed)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_http_api(self.service, self._api_key)
+        return create_http_api(self.service, self._api_key, self._metrics)
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """The body of `POST /v1/completions` for the same fields.
@@ -61,11 +65,15 @@ class Ingress:
         Raises:
             ValueError, RuntimeError: see the class.
         """
-        try:
-            completion = await self.service.complete(CompletionRequest.model_validate(request))
-        except Exception as error:
-            raise _portable(error) from None
-        return completion.model_dump()
+        return await self._answer(CompletionRequest, request)
+
+    async def chat(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The body of `POST /v1/chat/completions` for the same fields.
+
+        Raises:
+            ValueError, RuntimeError: see the class.
+        """
+        return await self._answer(ChatRequest, request)
 
     async def stream(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a streamed `POST /v1/completions`, as dicts; call with `.options(stream=True)`.
@@ -73,8 +81,34 @@ class Ingress:
         Raises:
             ValueError, RuntimeError: see the class.
         """
+        async with aclosing(self._pieces(CompletionRequest, request)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def stream_chat(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of a streamed `POST /v1/chat/completions`, as dicts; call with `.options(stream=True)`.
+
+        Raises:
+            ValueError, RuntimeError: see the class.
+        """
+        async with aclosing(self._pieces(ChatRequest, request)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _answer(
+        self, body: type[CompletionRequest] | type[ChatRequest], request: dict[str, Any]
+    ) -> dict[str, Any]:
         try:
-            pieces = self.service.stream(CompletionRequest.model_validate({**request, "stream": True}))
+            answer = await self.service.complete(body.model_validate(request))
+        except Exception as error:
+            raise _portable(error) from None
+        return answer.model_dump()
+
+    async def _pieces(
+        self, body: type[CompletionRequest] | type[ChatRequest], request: dict[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            pieces = self.service.stream(body.model_validate({**request, "stream": True}))
             async with aclosing(pieces):
                 async for piece in pieces:
                     yield piece.model_dump()
@@ -120,14 +154,29 @@ class HandleBackend:
             raise
 
     async def expert_report(self) -> dict[str, Any]:
-        executors = self._executor.broadcast("expert_report").results_async(return_exceptions=True)
-        store, reports = await asyncio.gather(self._store.describe.remote(), executors)
+        store, executors = await asyncio.gather(self._describe_store(), self._ask_executors("expert_report"))
+        return {"store": store, "predictions": dict(self._predictions), **executors}
+
+    async def live_view(self) -> dict[str, Any]:
+        return await self._ask_executors("live_view")
+
+    async def _ask_executors(self, method: str) -> dict[str, Any]:
+        answers = await self._executor.broadcast(method).results_async(return_exceptions=True)
         return {
-            "store": store,
-            "predictions": dict(self._predictions),
-            "executors": [report for report in reports if not isinstance(report, BaseException)],
-            "unreachable_executors": sum(isinstance(report, BaseException) for report in reports),
+            "executors": [answer for answer in answers if not isinstance(answer, BaseException)],
+            "unreachable_executors": sum(isinstance(answer, BaseException) for answer in answers),
         }
+
+    async def _describe_store(self) -> dict[str, Any] | None:
+        try:
+            async with asyncio.timeout(_STORE_ANSWER_S):
+                description: dict[str, Any] = await self._store.describe.remote()
+                return description
+        except Exception as error:  # executors serve on while Serve brings it back, and so do their figures
+            logger.warning(
+                "the expert store does not tell what it holds: %s: %s", type(error).__name__, error
+            )
+            return None
 
 
 def _portable(error: Exception) -> Exception:

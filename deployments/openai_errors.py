@@ -1,7 +1,6 @@
 """Exceptions as the OpenAI API shows them: status, headers and body. The one place that knows Ray's exceptions."""
 
 import logging
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from common.errors import (
     QueueFullError,
     RequestError,
     ServingError,
+    Shortened,
 )
 from deployments.openai_schema import ErrorBody, ErrorDetail, ErrorKind
 
@@ -48,12 +48,30 @@ def error_reply(
     status: int, message: str, code: str, param: str | None = None, headers: dict[str, str] | None = None
 ) -> ErrorReply:
     kind: ErrorKind = "server_error" if status >= 500 else "invalid_request_error"
-    detail = ErrorDetail(message=message, type=kind, param=param, code=code)
+    detail = ErrorDetail(message=_encodable(message), type=kind, param=param and _encodable(param), code=code)
     return ErrorReply(status, headers or {}, ErrorBody(error=detail).model_dump())
+
+
+def error_code(error: BaseException) -> str:
+    """The code that `reply_to` gives an exception; logs nothing."""
+    return (_known_error(error) or ServingError()).code
+
+
+def _encodable(text: str) -> str:
+    """Names of unknown fields may hold half of a surrogate pair, which UTF-8 cannot write."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def serving_error(error: BaseException) -> ServingError:
     """The error of our tree that an exception amounts to, wherever it was raised."""
+    known = _known_error(error)
+    if known is not None:
+        return known
+    logger.error("unexpected error while answering a request", exc_info=error)
+    return ServingError("an internal error; the server's log has the details")
+
+
+def _known_error(error: BaseException) -> ServingError | None:
     cause = _without_ray(error)
     if isinstance(cause, ServingError):
         return cause
@@ -63,33 +81,22 @@ def serving_error(error: BaseException) -> ServingError:
         return QueueFullError(*cause.args[:2])
     if isinstance(cause, _DEATHS):
         return EngineStoppedError(type(cause).__name__)
-    logger.error("unexpected error while answering a request", exc_info=error)
-    return ServingError("an internal error; the server's log has the details")
+    return None
 
 
 def invalid_field(problems: Sequence[Any]) -> RequestError:
     """The first of pydantic's problems, in one line that names the field, its value and what is allowed."""
     problem = problems[0]
     path = [str(part) for part in problem["loc"] if part != "body"]
-    param, value = ".".join(path) or "body", _Shortened(problem["input"])
+    param, value = ".".join(path) or "body", Shortened(problem["input"])
     if problem["type"] == "json_invalid":
-        return InvalidParameterError("body", _Shortened("..."), f"not JSON: {problem['ctx']['error']}")
+        return InvalidParameterError("body", Shortened("..."), f"not JSON: {problem['ctx']['error']}")
     if problem["type"] == "extra_forbidden":
         return InvalidParameterError(param, value, "there is no such field")
     if problem["type"] == "missing":
         return InvalidParameterError(param, None, "the field is required")
     message = problem["msg"].removeprefix("Value error, ")
     return InvalidParameterError(param, value, message[:1].lower() + message[1:])
-
-
-class _Shortened:
-    """Shows a value in an error without repeating a whole prompt."""
-
-    def __init__(self, value: Any) -> None:
-        self._text = reprlib.repr(value)
-
-    def __repr__(self) -> str:
-        return self._text
 
 
 def _without_ray(error: BaseException) -> BaseException:

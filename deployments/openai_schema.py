@@ -1,19 +1,23 @@
-"""The bodies of the OpenAI completions API, as received and as sent. Knows no tokenizer, executor or transport.
+"""The bodies of OpenAI's completions and what they share with chat completions, as received and as sent.
+
+Knows no tokenizer, executor or transport; the bodies of chat completions are in `chat_schema.py`.
 
 Fields of OpenAI that would change the result and are not supported are refused by name unless they hold their
 default; `user` and `metadata` change nothing and are accepted; every other unknown field is refused.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from common.errors import InvalidParameterError
-from common.generation import ExpertUsage, FinishReason, SamplingParams
+from common.errors import InvalidParameterError, Shortened
+from common.generation import ExpertUsage, FinishReason, RequestTimings, SamplingParams
 
 MAX_PROMPTS = 64
 MAX_STOPS = 16
+MAX_CHOICES = 16  # per prompt
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
 
 Prompt = str | list[int]
@@ -45,42 +49,64 @@ def _as_stops(value: Any) -> list[str]:
     return stops
 
 
+def _describe(schema: dict[str, Any], body: type[Any]) -> None:
+    """Say in the JSON schema what validators accept: nulls, and defaults of what is not supported."""
+    fields: dict[str, Any] = schema["properties"]
+    for name, default in body.unsupported.items():
+        fields[name] = {"const": default, "description": "Not supported: nothing else is accepted."}
+    for name in fields.keys() - set(schema.get("required", ())):
+        fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT = {"anyOf": [{"type": "string"}, _TOKEN_IDS]}
+_PROMPTS = {
+    "anyOf": [*_PROMPT["anyOf"], {"type": "array", "items": _PROMPT, "minItems": 1, "maxItems": MAX_PROMPTS}]
+}
+_STOPS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}]}
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     include_usage: bool = False
 
 
-class CompletionRequest(BaseModel):
-    """`POST /v1/completions`. A field that is null counts as not given."""
+class GenerationBody(BaseModel, ABC):
+    """What every request for a generation has. A field that is null counts as not given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, json_schema_extra=_describe)
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_as_prompts)]
     model: str | None = None
-    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=1)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     top_k: int = Field(0, ge=-1)  # 0 and -1 keep the whole vocabulary
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: Annotated[list[str], BeforeValidator(_as_stops)] = []
-    logprobs: int | None = Field(None, ge=0, le=5)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)  # choice i of a prompt uses seed + i
+    stop: Annotated[list[str], BeforeValidator(_as_stops), WithJsonSchema(_STOPS)] = []
+    min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    timings: bool = False  # tell in `usage` where the time went
     user: str | None = None
     metadata: dict[str, Any] | None = None
 
     # What OpenAI's API has and this one does not: the only value that is accepted.
     unsupported: ClassVar[Mapping[str, Any]] = {
-        "n": 1,
-        "best_of": 1,
-        "echo": False,
-        "suffix": "",
-        "presence_penalty": 0,
-        "frequency_penalty": 0,
-        "logit_bias": {},
-    }
+        "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
+    }  # fmt: skip
+
+    @property
+    @abstractmethod
+    def token_limit(self) -> int | None:
+        """The most tokens to generate; None: what the context leaves."""
+
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """How many tokens beside the chosen one to tell log probabilities of; None: of none at all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,14 +118,13 @@ class CompletionRequest(BaseModel):
             if key in given and (
                 given[key] != default or isinstance(given[key], bool) != isinstance(default, bool)
             ):
-                raise InvalidParameterError(
-                    key, given[key], f"not supported here, only {default!r} is accepted"
-                )
+                allowed = f"not supported here, only {default!r} is accepted"
+                raise InvalidParameterError(key, Shortened(given[key]), allowed)
             given.pop(key, None)
         return given
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> "CompletionRequest":
+    def _stream_options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidParameterError(
                 "stream_options", self.stream_options.model_dump(), "only with stream=true"
@@ -110,17 +135,64 @@ class CompletionRequest(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, default_seed: int | None) -> SamplingParams:
+    def sampling(self, max_tokens: int, default_seed: int | None, choice: int = 0) -> SamplingParams:
+        """
+        Args:
+            choice: its number among the `n` of its prompt.
+        Raises:
+            InvalidParameterError: `min_tokens` is above `max_tokens`.
+        """
+        if self.min_tokens > max_tokens:
+            raise InvalidParameterError(
+                "min_tokens", self.min_tokens, f"at most max_tokens, {max_tokens} here"
+            )
+        seed = default_seed if self.seed is None else self.seed
         return SamplingParams(
-            max_tokens=self.max_tokens,
+            max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
-            seed=default_seed if self.seed is None else self.seed,
+            seed=None if seed is None else _int64(seed + choice),
             stop=tuple(self.stop),
-            logprobs=self.logprobs,
+            logprobs=self.num_logprobs,
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
         )
+
+
+def _int64(number: int) -> int:
+    """Wrapped round, as samplers take seeds."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+class CompletionRequest(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[list[Prompt], BeforeValidator(_as_prompts), WithJsonSchema(_PROMPTS)]
+    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=1)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)  # `n`, or not given
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    unsupported: ClassVar[Mapping[str, Any]] = {**GenerationBody.unsupported, "suffix": ""}
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_go_together(self) -> Self:
+        if self.best_of not in (None, self.n):
+            raise InvalidParameterError(
+                "best_of", self.best_of, f"not supported here, only n ({self.n}) is accepted"
+            )
+        if self.echo and self.logprobs is not None:
+            raise InvalidParameterError("echo", True, "not with logprobs, which prompts do not have here")
+        return self
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class Logprobs(BaseModel):
@@ -159,11 +231,36 @@ class ExpertFigures(BaseModel):
         )
 
 
+class TimingFigures(BaseModel):
+    """`common.generation.RequestTimings`; of several prompts, which run side by side, the longest of each."""
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    tokens_per_s: float | None  # of all prompts while they decode; None where no token came after the first
+
+    @classmethod
+    def of(cls, timings: Sequence[RequestTimings], num_decoded: int) -> "TimingFigures":
+        """
+        Args:
+            timings: one or more.
+            num_decoded: tokens after the first of each prompt.
+        """
+        decode_s = max(each.decode_s for each in timings)
+        return cls(
+            queue_ms=round(1e3 * max(each.queue_s for each in timings), 3),
+            prefill_ms=round(1e3 * max(each.prefill_s for each in timings), 3),
+            decode_ms=round(1e3 * decode_s, 3),
+            tokens_per_s=round(num_decoded / decode_s, 2) if num_decoded and decode_s > 0 else None,
+        )
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     experts: ExpertFigures
+    timings: TimingFigures | None = Field(None, exclude_if=lambda timings: timings is None)
 
 
 class Completion(BaseModel):

@@ -46,4 +46,5 @@ def merge_chunks(chunks: Sequence[GenerationChunk]) -> GenerationChunk:
         logprobs=tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs),
         finish_reason=last.finish_reason,
         experts=last.experts,
+        timings=last.timings,
     )

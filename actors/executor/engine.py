@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from actors.executor.decoder import Decoder, Drawn, PendingStep
-from actors.executor.pager import Pager
+from actors.executor.pager import Activity, Pager
 from actors.executor.passes import PassClock
 from actors.executor.prefetcher import Prefetcher, plan_prefetch
 from actors.executor.prompts import PromptReader
@@ -176,6 +176,10 @@ class Engine:
             generated_tokens=self._tokens["generated"],
         )
 
+    def activity(self) -> Activity:
+        """What can be seen of every expert; for `live_view`. May be called while a pass runs."""
+        return self._pager.activity()
+
     def _run(self) -> None:
         reason = "its thread failed"
         try:
@@ -220,6 +224,7 @@ class Engine:
         with self._changed:
             while self._waiting and self._free_rows:
                 sequence = self._waiting.popleft()
+                sequence.admitted_at_s = time.monotonic()
                 sequence.row = min(self._free_rows)
                 self._free_rows.remove(sequence.row)
                 self._prefilling.append(sequence)

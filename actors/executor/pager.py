@@ -27,6 +27,16 @@ class LayerCounters:
     moved_bytes: int = 0  # host to slot, on demand and ahead of need
 
 
+@dataclass(frozen=True)
+class Activity:
+    """What can be seen of every expert: [layers, experts] each, as they were at one moment."""
+
+    slot_of: NDArray[np.int64]  # or ABSENT
+    unused: NDArray[np.bool_]  # prefetched, and not needed since
+    uses: NDArray[np.int64]  # grows when the expert is needed; by one, where misses are counted
+    misses: NDArray[np.int64] | None  # grows by one when it was needed and not in a slot; None where nobody counts them
+
+
 class Pager(Protocol):
     """Page tables and slots of all MoE layers, as passes that the host drives see them.
 
@@ -59,6 +69,13 @@ class Pager(Protocol):
 
     def counters(self, layer: int) -> LayerCounters:
         """May lag a moment behind, and may be called from any thread."""
+
+    def activity(self) -> Activity:
+        """May lag a moment behind, and may be called from any thread.
+
+        A pager on a device tells of uses what its order of eviction remembers: with FIFO only those that were copied,
+        with a slot for every expert none. A prefetch that came and went unused between two calls looks like a use.
+        """
 
     def reading(self, layer: int, expert_ids: Sequence[int]) -> AbstractContextManager[Tensor]:
         """Hold these experts in slots while the body reads them, or queues its reads; misses are fetched in place.

@@ -1,5 +1,6 @@
 """One request inside the engine, from its arrival to its last chunk. Only the engine's thread changes it."""
 
+import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,7 @@ from common.generation import (
     FinishReason,
     GenerationChunk,
     GenerationRequest,
+    RequestTimings,
     TokenLogprobs,
 )
 from common.hash_table import HashTable
@@ -53,11 +55,16 @@ class Sequence:
     needed: int = 0
     missed: int = 0
     moved_bytes: int = 0
+    # Monotonic seconds.
+    queued_at_s: float = field(default_factory=time.monotonic)
+    admitted_at_s: float = 0.0
+    first_token_at_s: float = 0.0
 
     @classmethod
     def of(cls, request: GenerationRequest, sink: ChunkSink, tokenizer: Tokenizer | None) -> "Sequence":
-        text = TextStream(tokenizer, request.prompt_token_ids, request.sampling.stop)
-        return cls(request, sink, Sampler(request.sampling), text)
+        sampling = request.sampling
+        text = TextStream(tokenizer, request.prompt_token_ids, sampling.stop, sampling.min_tokens)
+        return cls(request, sink, Sampler(sampling), text)
 
     @property
     def request_id(self) -> str:
@@ -88,10 +95,20 @@ class Sequence:
             predicted = 0 if score is None else score.needed_pairs_named
         return ExpertUsage(self.needed, predicted, self.missed, self.moved_bytes)
 
+    def timings(self) -> RequestTimings:
+        """As of now, when the last token has come."""
+        return RequestTimings(
+            queue_s=self.admitted_at_s - self.queued_at_s,
+            prefill_s=self.first_token_at_s - self.admitted_at_s,
+            decode_s=time.monotonic() - self.first_token_at_s,
+        )
+
     def append(
         self, token_id: int, logprobs: TokenLogprobs | None, eos_ids: frozenset[int]
     ) -> GenerationChunk:
         """Take a sampled token; the chunk is to be passed on, and is the last one if it has a finish reason."""
+        if not self.generated:
+            self.first_token_at_s = time.monotonic()
         self.generated.append(token_id)
         text = self.text.push(token_id)
         reason = self._finish_reason(token_id, eos_ids)
@@ -103,11 +120,13 @@ class Sequence:
             logprobs=() if logprobs is None else (logprobs,),
             finish_reason=reason,
             experts=None if reason is None else self.usage(),
+            timings=None if reason is None else self.timings(),
         )
 
     def _finish_reason(self, token_id: int, eos_ids: frozenset[int]) -> FinishReason | None:
         sampling = self.request.sampling
-        if self.text.stopped or (token_id in eos_ids and not sampling.ignore_eos):
+        may_end = len(self.generated) >= sampling.min_tokens and not sampling.ignore_eos
+        if self.text.stopped or (token_id in eos_ids and may_end):
             return "stop"
         return "length" if len(self.generated) >= sampling.max_tokens else None
 

@@ -57,12 +57,12 @@ class OtherApplication:
 
         self._sida: DeploymentHandle = serve.get_app_handle(app_name)
 
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self, request: dict[str, Any], method: str = "generate") -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = await self._sida.generate.remote(request)
+            answer: dict[str, Any] = await getattr(self._sida, method).remote(request)
         except (ValueError, RuntimeError) as error:
             return {"raised": [base.__name__ for base in type(error).__mro__], "text": str(error)}
         return answer
 
-    async def ask_streamed(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        return [piece async for piece in self._sida.options(stream=True).stream.remote(request)]
+    async def ask_streamed(self, request: dict[str, Any], method: str = "stream") -> list[dict[str, Any]]:
+        return [piece async for piece in getattr(self._sida.options(stream=True), method).remote(request)]

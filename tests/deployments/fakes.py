@@ -10,23 +10,39 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import ContextTooLongError, EngineStoppedError, QueueFullError
-from common.generation import ExpertUsage, GenerationChunk, GenerationRequest, TokenLogprobs
+from common.generation import (
+    ExpertUsage,
+    GenerationChunk,
+    GenerationRequest,
+    RequestTimings,
+    TokenLogprobs,
+)
 
 VOCAB_SIZE = 256
+TIMINGS = RequestTimings(queue_s=0.25, prefill_s=0.5, decode_s=2.0)
 USAGE = ExpertUsage(needed=10, predicted=8, missed=3, moved_bytes=1000)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+# "<role>text" of every message, and what begins the answer; it wants a system message to be the first.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' and not loop.first %}{{ raise_exception('system\nmust be first') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Every byte of UTF-8 is a token, so half a character is one too."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = TokenizersTokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
 
 
-def write_tokenizer(folder: Path) -> None:
-    byte_tokenizer().save_pretrained(folder)
+def write_tokenizer(folder: Path, chat_template: str | None = None) -> None:
+    byte_tokenizer(chat_template).save_pretrained(folder)
 
 
 async def echo(request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
@@ -43,6 +59,7 @@ async def echo(request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
             logprobs=_logprobs(token_id, sampling.logprobs),
             finish_reason="length" if last else None,
             experts=USAGE if last else None,
+            timings=TIMINGS if last else None,
         )
 
 
@@ -81,6 +98,9 @@ class EchoBackend:
 
     async def expert_report(self) -> dict[str, Any]:
         return {"store": {}, "predictions": {}, "executors": [{"layers": []}], "unreachable_executors": 0}
+
+    async def live_view(self) -> dict[str, Any]:
+        return {"executors": [], "unreachable_executors": 0}
 
 
 def raise_early(text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
 from actors.predictor.hash_function import save_hash_function
@@ -18,7 +19,7 @@ from deployments.app import build
 from tests.actors.executor.harness import PROMPTS, library_greedy, library_model
 from tests.actors.predictor.conftest import make_function
 from tests.deployments.fakes import VOCAB_SIZE, write_tokenizer
-from tests.tiny_models import make_checkpoint
+from tests.tiny_models import NUM_EXPERTS, make_checkpoint
 
 pytestmark = pytest.mark.cluster
 
@@ -112,6 +113,24 @@ def test_prediction_reaches_the_executor_through_redis(exact: httpx.Client) -> N
     layers = exact.get("/v1/experts").json()["executors"][0]["layers"]
     assert all(0 < layer["predictor_recall"] < 1 for layer in layers)
     assert tables()["unusable"] == 0
+
+
+def test_what_happens_can_be_watched(exact: httpx.Client) -> None:
+    timings = complete(exact, PROMPTS[0], timings=True)["usage"]["timings"]
+    assert min(timings["queue_ms"], timings["prefill_ms"], timings["decode_ms"]) > 0
+    names = {family.name: family for family in text_string_to_metric_families(exact.get("/metrics").text)}
+    samples = names["sida_generation_tokens"].samples
+    assert len(samples) == 1 and samples[0].value >= NUM_TOKENS
+    assert names["sida_expert_store_bytes"].samples[0].value > 0
+    ended = {
+        sample.labels.get("finished_reason"): sample.value for sample in names["sida_request_success"].samples
+    }
+    assert ended["length"] >= 1
+    (executor,) = exact.get("/v1/experts/live").json()["executors"]
+    assert executor["replica"] == samples[0].labels["replica"]
+    assert {len(row) for row in executor["experts"]} == {NUM_EXPERTS}
+    assert set("".join(executor["experts"])) & set("hijklm"), "the request used some"
+    assert "<title>sida-serve</title>" in exact.get("/").text
 
 
 def test_predicted_routing_serves_other_tokens_than_the_routers(

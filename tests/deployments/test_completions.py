@@ -47,8 +47,47 @@ async def test_several_prompts_give_several_choices(service: CompletionService, 
     assert len({sent.request_id for sent in backend.requests}) == 2
 
 
-async def test_pieces_join_to_the_whole(service: CompletionService) -> None:
-    asked = request(["ab", "xyz"], logprobs=2)
+async def test_timings_come_in_milliseconds_to_those_who_ask(service: CompletionService) -> None:
+    completion = await service.complete(request(["ab", "xyz"], timings=True))
+    assert completion.usage is not None
+    assert completion.model_dump()["usage"]["timings"] == {
+        "queue_ms": 250.0, "prefill_ms": 500.0, "decode_ms": 2000.0, "tokens_per_s": 3.0,
+    }  # fmt: skip
+    assert "timings" not in (await service.complete(request())).model_dump()["usage"]
+    asked = request(timings=True, stream=True, stream_options={"include_usage": True})
+    *pieces, last = [piece async for piece in service.stream(asked)]
+    assert all(piece.usage is None for piece in pieces)
+    assert last.usage is not None and last.usage.timings is not None
+    assert last.usage.timings.tokens_per_s == 1.5
+
+
+async def test_every_choice_is_a_generation_of_its_own(
+    service: CompletionService, backend: EchoBackend
+) -> None:
+    completion = await service.complete(request(["ab", "xyz"], n=3, seed=7))
+    assert [(choice.index, choice.text) for choice in completion.choices] == [
+        *((index, "abab") for index in range(3)),
+        *((index, "xyzx") for index in range(3, 6)),
+    ]
+    assert [sent.sampling.seed for sent in backend.requests] == [7, 8, 9] * 2
+    assert len({sent.request_id for sent in backend.requests}) == 6
+    assert completion.usage is not None
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (5, 24)
+
+
+async def test_the_prompt_comes_before_its_echoed_completion(service: CompletionService) -> None:
+    asked = request(["ab", token_ids("xyz")], echo=True, n=2)
+    whole = await service.complete(asked)
+    assert [choice.text for choice in whole.choices] == ["ababab", "ababab", "xyzxyzx", "xyzxyzx"]
+    pieces = [piece async for piece in service.stream(asked)]
+    texts = [[part.text for piece in pieces for part in piece.choices if part.index == i] for i in range(4)]
+    assert ["".join(text) for text in texts] == [choice.text for choice in whole.choices]
+    assert texts[0][0] == "aba", "the first token brings the prompt"
+
+
+@pytest.mark.parametrize("fields", [{"logprobs": 2}, {"n": 2}, {"echo": True}])
+async def test_pieces_join_to_the_whole(service: CompletionService, fields: dict[str, object]) -> None:
+    asked = request(["ab", "xyz"], **fields)
     whole = await service.complete(asked)
     pieces = [piece async for piece in service.stream(asked)]
     for choice in whole.choices:
@@ -56,9 +95,9 @@ async def test_pieces_join_to_the_whole(service: CompletionService) -> None:
         assert "".join(part.text for part in parts) == choice.text
         assert parts[-1].finish_reason == choice.finish_reason
         assert all(part.finish_reason is None for part in parts[:-1])
-        assert choice.logprobs is not None
         offsets = [offset for part in parts if part.logprobs for offset in part.logprobs.text_offset]
-        assert offsets == choice.logprobs.text_offset
+        assert offsets == ([] if choice.logprobs is None else choice.logprobs.text_offset)
+        assert ("logprobs" in fields) == (choice.logprobs is not None)
     assert len({piece.id for piece in pieces}) == 1
     assert all(piece.usage is None for piece in pieces)
 

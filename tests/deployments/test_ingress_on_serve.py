@@ -13,8 +13,9 @@ from ray import serve
 
 from common.config import ServingConfig
 from deployments.ingress import Ingress
+from examples import review_app
 from tests.deployments.fake_deployments import FakeExecutor, FakePredictor, FakeStore, OtherApplication
-from tests.deployments.fakes import VOCAB_SIZE, token_ids, write_tokenizer
+from tests.deployments.fakes import CHAT_TEMPLATE, VOCAB_SIZE, token_ids, write_tokenizer
 from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.cluster
@@ -31,7 +32,7 @@ def deployment(cls: type, **options: Any) -> serve.Deployment:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     make_model("qwen3_moe", vocab_size=VOCAB_SIZE).config.save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, CHAT_TEMPLATE)
     return folder
 
 
@@ -122,6 +123,32 @@ def test_the_openai_client_reads_logprobs(client: openai.OpenAI) -> None:
     assert all(len(top) == 2 for top in logprobs.top_logprobs)
 
 
+def test_the_openai_client_chats(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        ],
+        "max_completion_tokens": 9,
+        "logprobs": True,
+        "top_logprobs": 1,
+        "n": 2,
+    }
+    answer = client.chat.completions.create(**fields)
+    assert [(choice.message.role, choice.message.content) for choice in answer.choices] == [
+        ("assistant", "<system>a")
+    ] * 2
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert bytes(logprobs.content[1].bytes or []) == b"s"
+    pieces = list(client.chat.completions.create(**fields, stream=True))
+    for index in range(2):
+        deltas = [choice.delta for piece in pieces for choice in piece.choices if choice.index == index]
+        assert "".join(delta.content or "" for delta in deltas) == "<system>a"
+        assert [delta.role for delta in deltas[:2]] == ["assistant", None]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_openai_client_knows_our_errors(client: openai.OpenAI, stream: bool) -> None:
     def ask(prompt: Any = "x", **fields: Any) -> None:
@@ -193,6 +220,16 @@ def test_another_application_calls_with_plain_dicts(url: str) -> None:
     pieces = other.ask_streamed.remote({"prompt": "abc", "max_tokens": 4}).result(timeout_s=60)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == "abca"
 
+    chat = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 4}
+    whole = other.ask.remote(chat, "chat").result(timeout_s=60)
+    assert (whole["object"], whole["choices"][0]["message"]["content"]) == ("chat.completion", "<use")
+    pieces = other.ask_streamed.remote(chat, "stream_chat").result(timeout_s=60)
+    deltas = [piece["choices"][0]["delta"] for piece in pieces]
+    assert (deltas[0], "".join(delta["content"] for delta in deltas)) == (
+        {"role": "assistant", "content": "<"},
+        "<use",
+    )
+
     refused = other.ask.remote({"prompt": "abc", "model": "other"}).result(timeout_s=60)
     assert "ValueError" in refused["raised"]
     assert not any(name.endswith("NotFoundError") for name in refused["raised"])
@@ -200,6 +237,18 @@ def test_another_application_calls_with_plain_dicts(url: str) -> None:
     assert "RuntimeError" in full["raised"]
     assert json.dumps("queue_full") in full["text"]
     serve.delete("other")
+
+
+def test_the_example_application_completes_and_streams(url: str, serve_url: str) -> None:
+    application = review_app.build({"app": APP, "max_tokens": 6})
+    serve.run(application, name="review", route_prefix="/review")
+    whole = httpx.post(f"{serve_url}/review", content="abcd", timeout=60)
+    assert (whole.status_code, whole.text) == (200, "abcdab")
+    with httpx.stream("POST", f"{serve_url}/review?stream", content="abcd", timeout=60) as response:
+        assert "".join(response.iter_text()) == "abcdab"
+    refused = httpx.post(f"{serve_url}/review", content="", timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    serve.delete("review")
 
 
 def test_a_dead_executor_is_a_503_and_is_replaced(url: str, client: openai.OpenAI) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from common.errors import RequestError
+from common.errors import InvalidParameterError, RequestError
 from common.generation import ExpertUsage, SamplingParams
 from deployments.openai_errors import invalid_field
 from deployments.openai_schema import CompletionRequest, ExpertFigures
@@ -70,6 +70,12 @@ def test_a_missing_prompt_is_named() -> None:
         ("stop", [1], "a text that is not empty"),
         ("seed", 2**63, "less than or equal to"),
         ("ignore_eos", "yes", "valid boolean"),
+        ("n", 0, "greater than or equal to 1"),
+        ("n", 17, "less than or equal to 16"),
+        ("n", True, "valid integer"),
+        ("best_of", 2, "only n (1) is accepted"),
+        ("echo", 1, "valid boolean"),
+        ("min_tokens", -1, "greater than or equal to 0"),
         ("stream_options", {"include_usage": True}, "only with stream=true"),
     ],
 )
@@ -84,10 +90,7 @@ def test_an_impossible_value_is_refused_by_name(field: str, value: Any, allowed:
 @pytest.mark.parametrize(
     ("field", "default", "other"),
     [
-        ("n", 1, 2),
-        ("n", 1, True),
-        ("best_of", 1, 2),
-        ("echo", False, True),
+        ("presence_penalty", 0, False),
         ("suffix", "", "end"),
         ("presence_penalty", 0, 0.5),
         ("frequency_penalty", 0.0, -1),
@@ -102,7 +105,7 @@ def test_what_would_change_the_result_is_refused_unless_default(field: str, defa
 
 
 def test_what_changes_nothing_is_accepted() -> None:
-    assert parse(user="me", metadata={"run": "1"}).sampling(None) == SamplingParams()
+    assert parse(user="me", metadata={"run": "1"}).sampling(16, None) == SamplingParams()
 
 
 def test_an_unknown_field_is_refused_by_name() -> None:
@@ -114,16 +117,43 @@ def test_an_unknown_field_is_refused_by_name() -> None:
 
 
 def test_null_counts_as_not_given() -> None:
-    fields = ["max_tokens", "temperature", "stop", "logprobs", "n", "suffix", "stream", "logit_bias"]
+    fields = [
+        "max_tokens", "temperature", "stop", "logprobs", "n", "best_of", "echo", "min_tokens", "suffix", "stream",
+        "logit_bias",
+    ]  # fmt: skip
     assert parse(**dict.fromkeys(fields)) == parse()
 
 
 def test_becomes_sampling_params() -> None:
     request = parse(
-        max_tokens=3, temperature=0, top_p=0.5, top_k=-1, seed=9, stop="end", logprobs=0, ignore_eos=True
-    )
-    assert request.sampling(default_seed=1) == SamplingParams(3, 0.0, 0.5, 0, 9, ("end",), 0, True)
-    assert parse().sampling(default_seed=1).seed == 1
+        max_tokens=3, temperature=0, top_p=0.5, top_k=-1, seed=9, stop="end", logprobs=0, ignore_eos=True,
+        min_tokens=2,
+    )  # fmt: skip
+    assert request.token_limit == 3
+    assert request.sampling(3, default_seed=1) == SamplingParams(3, 0.0, 0.5, 0, 9, ("end",), 0, True, 2)
+    assert parse().sampling(16, default_seed=1).seed == 1
+
+
+def test_every_choice_of_a_prompt_has_a_seed_of_its_own() -> None:
+    assert [parse(seed=9).sampling(3, 1, choice).seed for choice in range(3)] == [9, 10, 11]
+    assert [parse().sampling(3, None, choice).seed for choice in range(2)] == [None, None]
+    assert parse(seed=2**63 - 1).sampling(3, None, choice=1).seed == -(2**63), "samplers take 64 bits"
+
+
+def test_min_tokens_is_at_most_max_tokens() -> None:
+    assert parse(min_tokens=4).sampling(4, None).min_tokens == 4
+    with pytest.raises(
+        InvalidParameterError, match="min_tokens=4 is not possible: at most max_tokens, 3 here"
+    ):
+        parse(min_tokens=4).sampling(3, None)
+
+
+def test_best_of_is_n_and_echo_has_no_logprobs() -> None:
+    assert parse(n=3, best_of=3).n == 3
+    assert refusal(n=3, best_of=1).param == "best_of"
+    assert parse(echo=True).echo
+    error = refusal(echo=True, logprobs=0)
+    assert (error.param, "logprobs" in str(error)) == ("echo", True)
 
 
 def test_expert_figures_give_the_hit_rate() -> None:

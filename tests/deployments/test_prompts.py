@@ -1,8 +1,9 @@
 import pytest
 
-from common.errors import ContextTooLongError, InvalidParameterError, VocabularyError
+from common.errors import ContextTooLongError, InvalidParameterError, NoChatTemplateError, VocabularyError
+from deployments.chat_schema import ChatMessage
 from deployments.prompts import PromptReader
-from tests.deployments.fakes import VOCAB_SIZE, byte_tokenizer, token_ids
+from tests.deployments.fakes import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer, token_ids
 
 
 @pytest.fixture
@@ -43,3 +44,47 @@ def test_half_a_character_is_written_as_its_id(reader: PromptReader) -> None:
     assert reader.token_text(token_ids("a")[0]) == "a"
     half = token_ids("é")[0]
     assert reader.token_text(half) == f"token_id:{half}"
+
+
+def message(role: str, content: object) -> ChatMessage:
+    return ChatMessage.model_validate({"role": role, "content": content})
+
+
+CHAT = [message("system", "Be brief."), message("user", "Hi")]
+
+
+def test_messages_are_read_as_the_template_writes_them() -> None:
+    reader = PromptReader(byte_tokenizer(CHAT_TEMPLATE), VOCAB_SIZE, context_limit=60)
+    rendered = "<system>Be brief.<user>Hi<assistant>"
+    assert reader.read_messages(CHAT, None) == tuple(token_ids(rendered))
+    with pytest.raises(ContextTooLongError) as caught:
+        reader.read_messages(CHAT, 60 - len(rendered) + 1)
+    assert caught.value.param == "messages"
+
+
+def test_a_template_that_refuses_messages_is_the_requests_fault() -> None:
+    reader = PromptReader(byte_tokenizer(CHAT_TEMPLATE), VOCAB_SIZE, context_limit=60)
+    with pytest.raises(InvalidParameterError, match="template refuses them: system must be first") as caught:
+        reader.read_messages(CHAT[::-1], 1)
+    assert caught.value.param == "messages"
+
+
+def test_without_a_tokenizer_or_a_template_there_is_no_chat(reader: PromptReader) -> None:
+    with pytest.raises(NoChatTemplateError, match="no chat template, .*; send a prompt to /v1/completions"):
+        reader.read_messages(CHAT, 1)
+    with pytest.raises(NoChatTemplateError, match="the model has no tokenizer"):
+        PromptReader(None, VOCAB_SIZE, context_limit=60).read_messages(CHAT, 1)
+
+
+def test_token_ids_become_text_again(reader: PromptReader) -> None:
+    assert reader.decode(token_ids("héllo"), "tokens") == "héllo"
+    assert reader.decode([], "tokens") == ""
+    assert (reader.echo("text"), reader.echo(token_ids("ids"))) == ("text", "ids")
+    with pytest.raises(VocabularyError) as caught:
+        reader.decode([256], "tokens")
+    assert caught.value.param == "tokens"
+    without = PromptReader(None, VOCAB_SIZE, context_limit=60)
+    with pytest.raises(InvalidParameterError, match="tokens=.* no tokenizer"):
+        without.decode([1], "tokens")
+    with pytest.raises(InvalidParameterError, match="echo=.* no tokenizer"):
+        without.echo([1])

@@ -28,7 +28,7 @@ from actors.executor.gpu.page_state import (
     WASTED,
     PageState,
 )
-from actors.executor.pager import ABSENT, LayerCounters
+from actors.executor.pager import ABSENT, Activity, LayerCounters
 from actors.executor.slots import SlotPool
 
 _TIMED_COPIES = 16
@@ -161,6 +161,14 @@ class HostPasses:
             evictions=counted[EVICTIONS],
             moved_bytes=(counted[FETCHED] + counted[PREFETCHED]) * self.source.layout.slab_bytes,
         )
+
+    def activity(self) -> Activity:
+        mirror = self._mirror
+        slot_of, stamps = mirror.slot_of.numpy().astype(np.int64), mirror.stamps.numpy().copy()
+        if self.holds_all:
+            return Activity(slot_of, np.zeros_like(slot_of, np.bool_), np.zeros_like(stamps), None)
+        unused = mirror.unused.numpy().astype(np.bool_)
+        return Activity(slot_of, unused, np.where(unused, ABSENT, stamps), None)
 
     @contextmanager
     def reading(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """The generation loop: who runs when, what ends a request, what an error costs whom."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ def test_more_requests_than_rows_wait_their_turn(start: StartEngine, folder: Pat
     assert harness.generate(prompts, max_tokens=6) == expected
 
 
+def test_the_last_chunk_tells_where_the_time_went(start: StartEngine) -> None:
+    limits = EngineLimits(max_batch_size=1, prefill_chunk_tokens=8, max_queued_requests=4)
+    harness = start(limits=limits)
+    began = time.monotonic()
+    first = harness.submit(PROMPTS[0], "first", max_tokens=20)
+    second = harness.submit(PROMPTS[1], "second", max_tokens=2)
+    second.result()
+    elapsed_s = time.monotonic() - began
+    assert all(chunk.timings is None for chunk in (*first.result()[:-1], *second.chunks[:-1]))
+    ahead, behind = first.chunks[-1].timings, second.chunks[-1].timings
+    assert ahead is not None and behind is not None
+    assert min(ahead.queue_s, ahead.prefill_s, ahead.decode_s) > 0
+    assert behind.queue_s >= ahead.decode_s, "it had to wait for the only row"
+    assert behind.queue_s + behind.prefill_s + behind.decode_s <= elapsed_s
+
+
 def test_stop_token_ends_a_request_and_ignore_eos_does_not(start: StartEngine, folder: Path) -> None:
     expected = library_greedy(library_model(folder), PROMPTS[0], 8)
     harness = start(eos_ids=frozenset({expected[3]}))
@@ -105,6 +122,17 @@ def test_stop_token_ends_a_request_and_ignore_eos_does_not(start: StartEngine, f
     ignoring = harness.submit(PROMPTS[0], "b", max_tokens=8)
     assert ignoring.token_ids() == expected
     assert ignoring.chunks[-1].finish_reason == "length"
+
+
+def test_stop_tokens_before_min_tokens_are_tokens_like_others(start: StartEngine, folder: Path) -> None:
+    expected = library_greedy(library_model(folder), PROMPTS[0], 8)
+    harness = start(eos_ids=frozenset(expected))
+    for min_tokens in (0, 1, 2, 5, 8):
+        stopped = harness.submit(
+            PROMPTS[0], f"{min_tokens}", max_tokens=8, ignore_eos=False, min_tokens=min_tokens
+        )
+        assert stopped.token_ids() == expected[: max(1, min_tokens)]
+        assert stopped.chunks[-1].finish_reason == "stop"
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(start: StartEngine) -> None:

@@ -13,9 +13,9 @@ BYTES.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES.decoder = decoders.ByteLevel()
 
 
-def stream(text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+def stream(text: str, stop: tuple[str, ...] = (), min_tokens: int = 0) -> tuple[list[str], bool]:
     """The pieces that one byte-token after the other releases, flushed at the end unless stopped."""
-    texts = TextStream(BYTES, [], stop)
+    texts = TextStream(BYTES, [], stop, min_tokens)
     pieces = []
     for token_id in BYTES.encode(text).ids:
         pieces.append(texts.push(token_id))
@@ -72,3 +72,30 @@ def test_text_equals_the_whole_up_to_the_first_stop(text: str, stops: list[str])
     else:  # the stop that was complete first, which need not be the one that begins first
         assert text.startswith("".join(pieces))
         assert any(text["".join(pieces).__len__() :].startswith(stop) for stop in stops)
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "expected"),
+    [(0, "x"), (4, "x"), (5, "xENDxx"), (9, "xENDxx"), (10, "xENDxxENDx")],
+)
+def test_stop_strings_before_min_tokens_are_text(min_tokens: int, expected: str) -> None:
+    pieces, stopped = stream("xENDxxENDx", ("END",), min_tokens)
+    assert ("".join(pieces), stopped) == (expected, expected != "xENDxxENDx")
+
+
+@given(
+    st.text("abc", max_size=12),
+    st.lists(st.text("abc", min_size=1, max_size=3), max_size=3),
+    st.integers(0, 13),
+)
+def test_the_first_stop_that_ends_at_min_tokens_or_later_ends_the_text(
+    text: str, stops: list[str], min_tokens: int
+) -> None:
+    pieces, stopped = stream(text, tuple(stops), min_tokens)
+    ends = [end for end in range(max(1, min_tokens), len(text) + 1) if text[:end].endswith(tuple(stops))]
+    assert stopped == bool(ends)
+    if ends:
+        longest = max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))
+        assert "".join(pieces) == text[: ends[0] - longest]
+    else:
+        assert "".join(pieces) == text
