@@ -134,6 +134,23 @@ class ServingConfig(BaseModel):
     target_ongoing_requests: float = _option(
         8.0, "above 0", "Requests per executor that scaling aims at.", gt=0, allow_inf_nan=False
     )
+    upscale_delay_s: float = _option(
+        10.0,
+        "0 to 86400",
+        "How long the load must be above the aim before an executor is added.",
+        ge=0,
+        le=86_400,
+    )
+    downscale_delay_s: float = _option(
+        300.0, "0 to 86400", "How long it must be below before one is taken away.", ge=0, le=86_400
+    )
+    drain_timeout_s: float = _option(
+        120.0,
+        "0 to 86400",
+        "How long an executor that is taken away may finish its requests; the rest get an error.",
+        ge=0,
+        le=86_400,
+    )
     max_queued_requests: int = _at_least(
         128, 1, 1_000_000, "Requests that may wait for an executor; more are refused with status 503."
     )

@@ -34,7 +34,7 @@ class Activity:
     slot_of: NDArray[np.int64]  # or ABSENT
     unused: NDArray[np.bool_]  # prefetched, and not needed since
     uses: NDArray[np.int64]  # grows when the expert is needed; by one, where misses are counted
-    misses: NDArray[np.int64] | None  # grows by one when it was needed and not in a slot; None where nobody counts them
+    misses: NDArray[np.int64] | None  # grows by one when it was missed; None where nobody counts
 
 
 class Pager(Protocol):

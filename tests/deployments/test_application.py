@@ -178,3 +178,45 @@ def generation_of(client: httpx.Client) -> str | None:
     """None while the store, which /v1/experts also asks, is away."""
     response = client.get("/v1/experts")
     return response.json()["executors"][0]["store_generation"] if response.status_code == 200 else None
+
+
+def token_names(answer: dict[str, Any]) -> list[str]:
+    names: list[str] = answer["choices"][0]["logprobs"]["tokens"]
+    return names
+
+
+def executor_of(client: httpx.Client) -> dict[str, Any]:
+    (executor,) = client.get("/v1/experts").json()["executors"]
+    return dict(executor)
+
+
+def lost_tables(client: httpx.Client) -> int:
+    return int(executor_of(client)["hash_tables"]["lost"])
+
+
+def arrived_tables(client: httpx.Client) -> int:
+    tables = executor_of(client)["hash_tables"]
+    return int(tables["on_time"] + tables["late"])
+
+
+def valkey_of(app: str) -> int:
+    """The embedded server's process: the child of the replica that owns it."""
+    children = Path(f"/proc/{process_of(app, 'TableServer')}/task").glob("*/children")
+    return next(int(pid) for child in children for pid in child.read_text().split())
+
+
+def test_requests_run_on_demand_while_redis_hangs_and_it_is_replaced(exact: httpx.Client) -> None:
+    tokens, lost, server = token_names(complete(exact, PROMPTS[0])), lost_tables(exact), valkey_of(EXACT_APP)
+    os.kill(server, signal.SIGSTOP)
+
+    def one_was_lost() -> bool:
+        assert token_names(complete(exact, PROMPTS[0])) == tokens
+        return lost_tables(exact) > lost
+
+    def one_arrived() -> bool:
+        complete(exact, PROMPTS[0], max_tokens=64)
+        return arrived_tables(exact) > arrived
+
+    wait_until(one_was_lost)
+    arrived = arrived_tables(exact)
+    wait_until(one_arrived)
