@@ -62,15 +62,14 @@ def test_logits_are_the_librarys_and_do_not_depend_on_company_or_chunks(folder: 
     prompts.model.pager.close()
 
 
-@pytest.mark.parametrize("num_slots", [2, 5, NUM_EXPERTS])
-def test_the_number_of_slots_changes_no_bit(num_slots: int, device: str, tmp_path: Path) -> None:
+def test_the_number_of_slots_changes_no_bit(device: str, tmp_path: Path) -> None:
     folder = make_checkpoint("qwen3_moe", tmp_path, num_layers=LAYERS)
     logits = []
-    for slots in (num_slots, 3):
-        prompts = Prompts(folder, slots, device, prefetch=slots != 3)
-        logits.append(prompts.read((1, 0, LONG), (2, 0, SHORT)).logits)
+    for num_slots in (NUM_EXPERTS, 2, 5):
+        prompts = Prompts(folder, num_slots, device, prefetch=num_slots != 2)
+        logits.append(prompts.read((1, 0, LONG[:9]), (2, 0, SHORT)).logits)
         prompts.model.pager.close()
-    assert torch.equal(*logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "olmoe"])
