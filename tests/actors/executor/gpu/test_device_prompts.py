@@ -41,14 +41,9 @@ class Prompts:
             return self.reference(torch.tensor([prompt])).logits[:, -1]
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_logits_are_the_librarys_and_do_not_depend_on_company_or_chunks(device: str, tmp_path: Path) -> None:
     """Mixtral's sliding window is shorter than the long prompt."""
-    return make_checkpoint(request.param, tmp_path_factory.mktemp(request.param), num_layers=LAYERS)
-
-
-def test_logits_are_the_librarys_and_do_not_depend_on_company_or_chunks(folder: Path, device: str) -> None:
-    prompts = Prompts(folder, 3, device)
+    prompts = Prompts(make_checkpoint("mixtral", tmp_path, num_layers=LAYERS), 3, device)
     together = prompts.read((1, 0, LONG), (2, 0, SHORT)).logits
     for logits, prompt in zip(together, (LONG, SHORT), strict=True):
         torch.testing.assert_close(logits[None].cpu(), prompts.expected(prompt), atol=2e-4, rtol=1e-4)
