@@ -129,7 +129,12 @@ class ServingConfig(BaseModel):
         60_000,
         "How long a prompt may hold up running streams before they get a step between two layers.",
     )
-    min_executors: int = _at_least(1, 1, 1024, "Executors that always run.")
+    min_executors: int = _at_least(
+        1,
+        0,
+        1024,
+        "Executors that always run; with 0 none does after a pause, and the next request waits for a start.",
+    )
     max_executors: int = _at_least(1, 1, 1024, "Executors under load; Serve scales between the two.")
     target_ongoing_requests: float = _option(
         8.0, "above 0", "Requests per executor that scaling aims at.", gt=0, allow_inf_nan=False
@@ -147,7 +152,8 @@ class ServingConfig(BaseModel):
     drain_timeout_s: float = _option(
         120.0,
         "0 to 86400",
-        "How long an executor that is taken away may finish its requests; the rest get an error.",
+        "How long an executor that is taken away, or stops with the application, may finish its requests; the rest get "
+        "an error.",
         ge=0,
         le=86_400,
     )

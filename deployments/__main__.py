@@ -1,6 +1,6 @@
 """`python -m deployments`: `serve run --name sida deployments.app:build`, on an HTTP address of one's choice.
 
-`serve run` itself always takes port 8000. Ends with Ctrl-C or SIGTERM.
+`serve run` itself always takes port 8000. Ctrl-C or SIGTERM ends it, after the requests that run have ended.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import ray
 from ray import serve
 
 from deployments.app import build
+
+APP = "sida"
 
 
 def main() -> None:
@@ -25,11 +27,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     try:
-        serve.run(app, name="sida", blocking=True)
+        serve.run(app, name=APP, blocking=True)
     except KeyboardInterrupt:
-        print("Stopping.")
+        print("Stopping when the running requests have ended; Ctrl-C again ends them.", flush=True)
     finally:
-        serve.shutdown()
+        _stop()
+
+
+def _stop() -> None:
+    """Let what runs end, within `drain_timeout_s`; `serve.shutdown` alone would close its connections at once."""
+    while True:
+        try:
+            serve.delete(APP)
+            break
+        except TimeoutError:  # it waits for a minute only
+            continue
+    serve.shutdown()
 
 
 def _start_ray(object_store_gb: float | None) -> None:

@@ -24,7 +24,9 @@ from deployments.predictor import PredictorDeployment
 from deployments.table_server import TableServer
 
 _UNLOGGED = {"enable_access_log": False}  # executors ask the store every second whether it is still the same
-_LOOK_BACK_S = 12.0
+# How the load is averaged; handles report it every 10 s, and it must hold one report.
+_AVERAGED = {"look_back_period_s": 12.0}
+_LAST_ERRORS_S = 10.0  # for the ingress to tell clients of the executors that were stopped
 _CONSTRUCTOR_RETRIES = 3  # a replica that cannot start says why three times, not twenty
 
 
@@ -78,7 +80,7 @@ def bind(config: ServingConfig, vocab_size: int) -> Application:
     ingress = _on_cpu(serve.ingress()(Ingress), config, num_cpus=0.2).options(
         # The executors bound what runs and waits; the ingress lets everything through to them.
         max_ongoing_requests=100_000,
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + _LAST_ERRORS_S,
     )
     return ingress.bind(config, vocab_size, predictor, executor, store)
 
@@ -97,8 +99,7 @@ def _executor(config: ServingConfig) -> Deployment:
             "target_ongoing_requests": config.target_ongoing_requests,
             "upscale_delay_s": config.upscale_delay_s,
             "downscale_delay_s": config.downscale_delay_s,
-            # Of Serve's average; handles report every 10 s, and it must hold one report.
-            "look_back_period_s": _LOOK_BACK_S,
+            **_AVERAGED,
         },
         max_ongoing_requests=capacity,
         max_queued_requests=capacity * config.max_executors,

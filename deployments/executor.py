@@ -17,9 +17,11 @@ from actors.executor.chunk_stream import ChunkStream
 from actors.executor.live_view import LiveView
 from actors.executor.status_line import StatusLine
 from actors.executor.store_source import StoreExpertSource
+from actors.executor.warm_up import Residents
 from common.config import ServingConfig
 from common.errors import HashTableError, TableBusError
 from common.generation import ExpertUsage, GenerationChunk, GenerationRequest, RequestTimings
+from deployments.peers import ask_peers
 from deployments.replica import replica_id
 from deployments.table_server import connect_bus
 
@@ -44,8 +46,10 @@ class ExecutorDeployment:
         self._config, self._store = config, store
         directory = await store.directory.remote()
         node_id = ray.get_runtime_context().get_node_id()
-        self._source = await asyncio.to_thread(StoreExpertSource, directory, node_id)
-        self._engine = await asyncio.to_thread(build_engine, config, self._source, logger)
+        self._source, peers = await asyncio.gather(
+            asyncio.to_thread(StoreExpertSource, directory, node_id), ask_peers(directory.model_fingerprint)
+        )
+        self._engine = await asyncio.to_thread(build_engine, config, self._source, logger, peers)
         self._engine.start()
         self._bus = connect_bus(config, table_server) if table_server is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,12 +80,16 @@ class ExecutorDeployment:
             self._engine.cancel(request.request_id)
             if delivery is not None and not delivery.done():
                 delivery.cancel()
-                self._engine.count_lost_table()
+                self._engine.count_table("lost")
 
     async def expert_report(self) -> dict[str, Any]:
         """What is resident and what has happened since start, as JSON."""
         report = self._engine.report().to_json()
         return {"replica": replica_id(), "store_generation": self._source.generation, **report}
+
+    async def residents(self) -> Residents:
+        """For `ask_peers` of a new executor."""
+        return self._engine.residents()
 
     async def live_view(self) -> dict[str, Any]:
         """What happens to every expert, for the live page."""
@@ -116,14 +124,15 @@ class ExecutorDeployment:
         try:
             table = await self._bus.fetch(request_id, timeout_s=self._config.table_ttl_s)
             if table is None:
-                self._engine.count_lost_table()
+                self._engine.count_table("lost")
                 return
             self._engine.attach_table(request_id, table)
             await self._bus.discard(request_id)
         except TableBusError as error:
-            self._engine.count_lost_table()
+            self._engine.count_table("lost")
             logger.warning("request %s runs on demand: %s", request_id, error)
         except HashTableError as error:
+            self._engine.count_table("unusable")
             logger.warning("request %s runs on demand: %s", request_id, error)
 
     async def _log_status(self, interval_s: float) -> None:

@@ -6,14 +6,17 @@ A thin shell: the work is in `completions.py`, the routes in `http_api.py`.
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
-from ray.serve.handle import DeploymentHandle
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from common.config import ServingConfig
+from common.errors import UnavailableError
 from common.generation import GenerationChunk, GenerationRequest
 from common.tokenizer import load_tokenizer
 from deployments.chat_schema import ChatRequest
@@ -27,6 +30,10 @@ from deployments.request_metrics import ObservedBackend, RequestMetrics
 logger = logging.getLogger("ray.serve")
 
 _STORE_ANSWER_S = 2.0
+_PREDICTION_S = 60.0  # Serve lets a call wait for ever while there is no predictor
+_EXECUTOR_ANSWERS_S = 10.0
+_EXECUTOR_STARTS_S = 600.0
+_LOOK_AGAIN_S = 10.0  # whether there is an executor, while a request has no answer
 
 
 class Ingress:
@@ -139,7 +146,8 @@ class HandleBackend:
 
     async def _predict(self, predictor: DeploymentHandle, request: GenerationRequest) -> None:
         try:
-            await predictor.predict.remote(request.request_id, list(request.prompt_token_ids))
+            async with asyncio.timeout(_PREDICTION_S):
+                await predictor.predict.remote(request.request_id, list(request.prompt_token_ids))
         except Exception as error:  # the request goes on without its table, on demand
             self._predictions["failed"] += 1
             logger.warning("no prediction for %s: %s: %s", request.request_id, type(error).__name__, error)
@@ -147,11 +155,46 @@ class HandleBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         chunks = self._generate.remote(request)
         try:
+            yield await self._first(chunks)
             async for chunk in chunks:
                 yield chunk
         except (GeneratorExit, asyncio.CancelledError):
             chunks.cancel()
             raise
+
+    async def _first(self, chunks: DeploymentResponseGenerator) -> GenerationChunk:
+        """The first chunk. Serve lets a call wait for an executor for ever, even when none can start."""
+        first = asyncio.ensure_future(anext(chunks))
+        wait_until_s = time.monotonic() + _EXECUTOR_STARTS_S
+        try:
+            while not (await asyncio.wait({first}, timeout=_LOOK_AGAIN_S))[0]:
+                if await self._an_executor_runs():
+                    wait_until_s = time.monotonic() + _EXECUTOR_STARTS_S
+                elif time.monotonic() > wait_until_s:
+                    raise UnavailableError(f"no executor has answered within {_EXECUTOR_STARTS_S:g} s")
+            chunk: GenerationChunk = first.result()
+            return chunk
+        finally:
+            if first.cancel():
+                chunks.cancel()
+
+    async def _an_executor_runs(self) -> bool:
+        """
+        Raises:
+            UnavailableError: Serve has given up starting one.
+        """
+        call = self._executor.check_health.remote()
+        try:
+            async with asyncio.timeout(_EXECUTOR_ANSWERS_S):
+                await call
+        except TimeoutError:
+            call.cancel()
+            return False
+        except DeploymentUnavailableError as error:
+            raise UnavailableError("no executor can start; the log of the last one tells why") from error
+        except Exception:
+            return True  # in whatever state; Serve sees to it
+        return True
 
     async def expert_report(self) -> dict[str, Any]:
         store, executors = await asyncio.gather(self._describe_store(), self._ask_executors("expert_report"))
@@ -161,7 +204,13 @@ class HandleBackend:
         return await self._ask_executors("live_view")
 
     async def _ask_executors(self, method: str) -> dict[str, Any]:
-        answers = await self._executor.broadcast(method).results_async(return_exceptions=True)
+        try:
+            asked = self._executor.broadcast(method)
+            answers = await asked.results_async(timeout_s=_EXECUTOR_ANSWERS_S, return_exceptions=True)
+        except DeploymentUnavailableError:  # there is none, as after scaling to zero
+            answers = []
+        except TimeoutError as error:
+            raise UnavailableError(f"an executor does not answer within {_EXECUTOR_ANSWERS_S:g} s") from error
         return {
             "executors": [answer for answer in answers if not isinstance(answer, BaseException)],
             "unreachable_executors": sum(isinstance(answer, BaseException) for answer in answers),

@@ -1,4 +1,7 @@
-"""What all tests share: one Ray cluster and one Serve HTTP port per session. Knows no part of the system."""
+"""What all tests share: one Ray cluster and one Serve HTTP port per session. Knows no part of the system.
+
+`make test` runs them in two processes: those of the cluster, which mostly wait, in one, and the rest in both.
+"""
 
 import os
 import socket
@@ -9,9 +12,19 @@ import pytest
 # Read by Ray when it is imported, so they are set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the threads of two processes would wait for each other
 
 LOGICAL_CPUS = 8  # more than a laptop has: tests share the machine, they do not fill it
 OBJECT_STORE_BYTES = 600_000_000
+
+
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of `--dist loadgroup`: one cluster for all who need it, and a module's fixtures made once."""
+    for item in items:
+        group = "cluster" if item.get_closest_marker("cluster") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def free_port() -> int:

@@ -24,6 +24,7 @@ from actors.executor.prefetcher import Prefetcher, QueueingPrefetcher, ThreadedP
 from actors.executor.prompts import HostPrompts, PromptReader
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.slots import SlotPool
+from actors.executor.warm_up import Residents, warm_up
 from actors.predictor.hash_function import find_hash_function, load_hash_function
 from common.architecture import MoeArchitecture, describe_architecture, find_experts_modules
 from common.config import ServingConfig
@@ -32,11 +33,17 @@ from common.expert_layout import ExpertLayout
 from common.tokenizer import load_tokenizer
 
 
-def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Logger | None = None) -> Engine:
+def build_engine(
+    config: ServingConfig,
+    source: ExpertSource,
+    logger: logging.Logger | None = None,
+    peers: Sequence[Residents] = (),
+) -> Engine:
     """An engine that has run one pass and waits to be started.
 
     Args:
         logger: gets one line about what was built.
+        peers: what other executors hold, to begin with.
     Raises:
         CheckpointError, UnsupportedModelError: the model cannot be loaded or driven.
         ConfigError, SlotsTooFewError: the settings do not fit the model.
@@ -67,6 +74,8 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
     runner = ModelRunner(slot_model, limits.max_batch_size + 1, max_tokens)
     # Allocates the KV cache, and fails here rather than for a user.
     runner.run([RowInput(0, 0, (0,))], Pass(1))
+    if peers:
+        warm_up_softly(slot_model.pager, peers, logger)
     prompts, decoder = new_passes(
         slot_model, runner, limits.max_batch_size, architecture.top_k, routing, config.prefetch, logger
     )
@@ -85,6 +94,20 @@ def build_engine(config: ServingConfig, source: ExpertSource, logger: logging.Lo
         eos_ids=eos_ids(slot_model.model),
         prefetcher=new_prefetcher(slot_model, prompts) if config.prefetch else None,
     )
+
+
+def warm_up_softly(pager: Pager, peers: Sequence[Residents], logger: logging.Logger) -> None:
+    """Fill the slots with what peers hold, or say why not."""
+    started = time.perf_counter()
+    try:
+        num_copied = warm_up(pager, peers)
+    except Exception as error:  # whatever is missing is fetched on demand, where errors are answered
+        logger.warning("Warming up was given up: %s: %s", type(error).__name__, error)
+        return
+    logger.info(
+        "Warmed up in %.2f s with %d experts that %d other executors hold",
+        time.perf_counter() - started, num_copied, len(peers),
+    )  # fmt: skip
 
 
 def auto_slots(
@@ -190,6 +213,8 @@ def new_passes(
     except NotCapturableError as error:
         logger.warning("The host drives decoding, without CUDA graphs and several times slower: %s", error)
         return HostPrompts(runner), HostDecoder(runner)
+    if isinstance(prompts, DevicePrompts):
+        prompts.warm_up()
     return prompts, decoder
 
 

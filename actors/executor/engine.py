@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ from actors.executor.prefetcher import Prefetcher, plan_prefetch
 from actors.executor.prompts import PromptReader
 from actors.executor.report import EngineReport, LayerReport
 from actors.executor.sequence import ChunkSink, PromptChunk, Sequence
-from common.errors import EngineStoppedError, HashTableError, NonFiniteLogitsError, QueueFullError
+from actors.executor.warm_up import Residents, residents_of
+from common.errors import EngineStoppedError, NonFiniteLogitsError, QueueFullError
 from common.generation import GenerationRequest
 from common.hash_table import HashTable
 
@@ -137,25 +139,21 @@ class Engine:
             sequence = self._sequences.get(request_id)
             if sequence is None:
                 return
-            try:
-                table.check_fits(
-                    self._pager.source.model_fingerprint,
-                    self._clock.num_layers,
-                    self._pager.num_experts,
-                    sequence.num_prompt_tokens,
-                )
-            except HashTableError:
-                self._tables["unusable"] += 1
-                raise
+            table.check_fits(
+                self._pager.source.model_fingerprint,
+                self._clock.num_layers,
+                self._pager.num_experts,
+                sequence.num_prompt_tokens,
+            )
             sequence.table = table
             under_way = [chunk for chunk in self._under_way if chunk.sequence is sequence]
             self._tables["late" if under_way or sequence.num_computed > 0 else "on_time"] += 1
             for chunk in under_way:
                 self._plan(chunk, pass_number=self._clock.passes_begun - 1)
 
-    def count_lost_table(self) -> None:
-        """A request's table did not come; it runs on demand."""
-        self._tables["lost"] += 1
+    def count_table(self, kind: Literal["lost", "unusable"]) -> None:
+        """A request's table did not come, or is not used; it runs on demand."""
+        self._tables[kind] += 1
 
     def report(self) -> EngineReport:
         """What is resident and what has happened since start. May be called while a pass runs."""
@@ -175,6 +173,10 @@ class Engine:
             prompt_tokens=self._tokens["prompt"],
             generated_tokens=self._tokens["generated"],
         )
+
+    def residents(self) -> Residents:
+        """What is resident, for a new executor to warm up with. May be called while a pass runs."""
+        return residents_of(self._pager)
 
     def activity(self) -> Activity:
         """What can be seen of every expert; for `live_view`. May be called while a pass runs."""
@@ -234,9 +236,13 @@ class Engine:
         budget, waiting = self._limits.prefill_chunk_tokens, deque(self._prefilling)
         while waiting and budget > 0:
             chunks: list[PromptChunk] = []
-            while waiting and budget > 0 and len(chunks) < self._prompts.max_chunks:
-                chunks.append(PromptChunk.next_of(waiting.popleft(), budget))
-                budget -= chunks[-1].num_tokens
+            while waiting and budget > 0:
+                chunk = PromptChunk.next_of(waiting[0], budget)
+                if not self._prompts.joins(chunk, chunks):
+                    break
+                waiting.popleft()
+                chunks.append(chunk)
+                budget -= chunk.num_tokens
             self._read(chunks)
 
     def _read(self, chunks: list[PromptChunk]) -> None:

@@ -1,62 +1,23 @@
 """The whole application over HTTP: every real component, tiny models, the library's own output as the measure."""
 
-import os
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from ray import serve
 
-from actors.predictor.hash_function import save_hash_function
-from deployments.app import build
 from tests.actors.executor.harness import PROMPTS, library_greedy, library_model
-from tests.actors.predictor.conftest import make_function
-from tests.deployments.fakes import VOCAB_SIZE, write_tokenizer
+from tests.deployments.application import DEADLINE_S, NUM_TOKENS, complete, running, token_names, wait_until
 from tests.tiny_models import NUM_EXPERTS, make_checkpoint
 
 pytestmark = pytest.mark.cluster
 
-NUM_TOKENS = 10
-EXACT_APP = "exact"
-DEADLINE_S = 120.0
-
-
-@contextmanager
-def running(serve_url: str, app: str, folder: Path, **settings: Any) -> Iterator[httpx.Client]:
-    """The application under a route of its own; stopped at the end."""
-    serve.run(build({"model": str(folder), **settings}), name=app, route_prefix=f"/{app}")
-    try:
-        with httpx.Client(base_url=f"{serve_url}/{app}", timeout=DEADLINE_S) as client:
-            yield client
-    finally:
-        serve.delete(app)
-
-
-def complete(client: httpx.Client, prompt: list[int], **fields: Any) -> dict[str, Any]:
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "logprobs": 0}
-    response = client.post("/v1/completions", json={**body, "ignore_eos": True, **fields})
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
 
 def token_ids(answer: dict[str, Any]) -> list[int]:
     """A model without a tokenizer names its tokens by their ids."""
-    return [int(token.removeprefix("token_id:")) for token in answer["choices"][0]["logprobs"]["tokens"]]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.1)
+    return [int(name.removeprefix("token_id:")) for name in token_names(answer)]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
@@ -81,23 +42,6 @@ def test_serves_the_librarys_tokens_to_concurrent_clients(
         for thread in clients:
             thread.join(DEADLINE_S)
     assert [answers[index] for index in range(len(PROMPTS))] == expected
-
-
-@pytest.fixture(scope="module")
-def predicted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer and a (random) hash function, its experts large enough for shared memory."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_checkpoint("qwen3_moe", folder, vocab_size=VOCAB_SIZE, moe_intermediate_size=256)
-    write_tokenizer(folder)
-    save_hash_function(make_function(folder), folder / "hash_function")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exact(serve_url: str, predicted_folder: Path) -> Iterator[httpx.Client]:
-    settings = {"model_name": "tiny", "expert_slots": 4}
-    with running(serve_url, EXACT_APP, predicted_folder, **settings) as client:
-        yield client
 
 
 def test_prediction_reaches_the_executor_through_redis(exact: httpx.Client) -> None:
@@ -141,82 +85,3 @@ def test_predicted_routing_serves_other_tokens_than_the_routers(
         predicted = complete(client, PROMPTS[0])
     assert predicted["choices"][0]["text"] != complete(exact, PROMPTS[0])["choices"][0]["text"]
     assert predicted["usage"]["experts"]["predicted"] == predicted["usage"]["experts"]["needed"]
-
-
-def process_of(app: str, deployment: str) -> int:
-    """The process of an application's replica, by the title Ray gives it."""
-    title = f"ray::ServeReplica:{app}:{deployment}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if (entry / "cmdline").read_bytes().startswith(title):
-                    return int(entry.name)
-            except OSError:
-                continue  # it ended while we looked
-    raise AssertionError(f"no process {title!r}")
-
-
-def test_serving_goes_on_while_a_killed_store_comes_back(exact: httpx.Client) -> None:
-    def answer() -> list[str]:
-        tokens: list[str] = complete(exact, PROMPTS[0])["choices"][0]["logprobs"]["tokens"]
-        return tokens
-
-    before, tokens = generation_of(exact), answer()
-    assert len(tokens) == NUM_TOKENS
-    os.kill(process_of(EXACT_APP, "ExpertStoreDeployment"), signal.SIGKILL)
-    num_answers = 0
-    end = time.monotonic() + DEADLINE_S
-    while generation_of(exact) in (None, before):
-        assert answer() == tokens, "every request is answered, and rightly, while the store is away"
-        num_answers += 1
-        assert time.monotonic() < end, "the store did not come back"
-    assert num_answers > 0
-    assert answer() == tokens
-
-
-def generation_of(client: httpx.Client) -> str | None:
-    """None while the store, which /v1/experts also asks, is away."""
-    response = client.get("/v1/experts")
-    return response.json()["executors"][0]["store_generation"] if response.status_code == 200 else None
-
-
-def token_names(answer: dict[str, Any]) -> list[str]:
-    names: list[str] = answer["choices"][0]["logprobs"]["tokens"]
-    return names
-
-
-def executor_of(client: httpx.Client) -> dict[str, Any]:
-    (executor,) = client.get("/v1/experts").json()["executors"]
-    return dict(executor)
-
-
-def lost_tables(client: httpx.Client) -> int:
-    return int(executor_of(client)["hash_tables"]["lost"])
-
-
-def arrived_tables(client: httpx.Client) -> int:
-    tables = executor_of(client)["hash_tables"]
-    return int(tables["on_time"] + tables["late"])
-
-
-def valkey_of(app: str) -> int:
-    """The embedded server's process: the child of the replica that owns it."""
-    children = Path(f"/proc/{process_of(app, 'TableServer')}/task").glob("*/children")
-    return next(int(pid) for child in children for pid in child.read_text().split())
-
-
-def test_requests_run_on_demand_while_redis_hangs_and_it_is_replaced(exact: httpx.Client) -> None:
-    tokens, lost, server = token_names(complete(exact, PROMPTS[0])), lost_tables(exact), valkey_of(EXACT_APP)
-    os.kill(server, signal.SIGSTOP)
-
-    def one_was_lost() -> bool:
-        assert token_names(complete(exact, PROMPTS[0])) == tokens
-        return lost_tables(exact) > lost
-
-    def one_arrived() -> bool:
-        complete(exact, PROMPTS[0], max_tokens=64)
-        return arrived_tables(exact) > arrived
-
-    wait_until(one_was_lost)
-    arrived = arrived_tables(exact)
-    wait_until(one_arrived)

@@ -79,6 +79,8 @@ async def test_streams_events_up_to_done(client: httpx.AsyncClient) -> None:
         ({"prompt": "x", "min_tokens": 17}, 400, "min_tokens", "invalid_parameter"),
         ({"prompt": "x", "tempreature": 1}, 400, "tempreature", "invalid_parameter"),
         ({}, 400, "prompt", "invalid_parameter"),
+        ({"prompt": ""}, 400, "prompt", "invalid_parameter"),
+        ({"prompt": []}, 400, "prompt", "invalid_parameter"),
         ({"prompt": "long"}, 400, "prompt", "context_length_exceeded"),
         ({"prompt": "full"}, 503, None, "queue_full"),
         ({"prompt": "bug"}, 500, None, "internal_error"),

@@ -41,9 +41,26 @@ class DevicePrompts:
         self._runner, self._forward, self._prefetch = runner, forward, prefetch
         self.max_chunks = MAX_ROWS if forward is not None else 1
 
+    def joins(self, chunk: PromptChunk, chunks: Sequence[PromptChunk]) -> bool:
+        return len(chunks) < self.max_chunks
+
     def read(self, chunks: Sequence[PromptChunk], after_layer: AfterLayer, paced: bool) -> PromptResult:
         inputs = [RowInput(chunk.sequence.row, chunk.start, chunk.token_ids) for chunk in chunks]
         return self.read_rows(inputs, after_layer, paced)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what any number of tokens runs, so that no request waits for it.
+
+        No token counts, but a few experts are prefetched by a guess.
+        """
+        prompts = PackedPrompts.of([RowInput(0, 0, (0,))], self._model.device)
+        prompts.num_tokens.zero_()  # all of it is padding
+        self._run(
+            PromptPass(self._pager, self._clock.num_layers, prompts, self._prefetch, lambda _: None, False)
+        )
+        self._pager.prefetch_used(0, [0])  # as a hash table does
+        self._pager.join()
 
     @torch.inference_mode()
     def read_rows(
@@ -52,15 +69,21 @@ class DevicePrompts:
         """`read` of any rows' next tokens, at most `max_chunks` rows."""
         prompts = PackedPrompts.of(inputs, self._model.device)
         pass_ = PromptPass(self._pager, self._clock.num_layers, prompts, self._prefetch, after_layer, paced)
+        return self._result(pass_, self._run(pass_))
+
+    def _run(self, pass_: PromptPass) -> Tensor:
+        """Queue the pass. Returns: [chunks, vocab] float32 logits of each chunk's last token."""
+        prompts = pass_.prompts
         self._clock.begin_pass(pass_)
         try:
             self._pager.begin_prompt()
-            after_layer(-1)
-            logits = self._runner.forward(inputs) if self._forward is None else self._forward(prompts)
+            pass_.after_layer(-1)
+            if self._forward is None:
+                return self._runner.forward(prompts.inputs)
+            return self._forward(prompts)
         finally:
             self._pager.join()
             self._clock.end_pass()
-        return self._result(pass_, logits)
 
     def _result(self, pass_: PromptPass, logits: Tensor) -> PromptResult:
         """Waits for the pass."""

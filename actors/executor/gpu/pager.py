@@ -28,7 +28,7 @@ from actors.executor.gpu.prefetch_governor import PrefetchGovernor
 
 MAX_ROWS = 32  # of a pass that pages by itself
 MAX_PREFETCHED = 4  # experts of a layer and step, by a guess of the next layer's routing
-_PAIRS_AT_ONCE = 1024  # (row, choice) pairs that a kernel looks at
+PAIRS_AT_ONCE = 1024  # (row, choice) pairs that a kernel of prompts looks at
 # Enough reads in flight to fill the link, few enough to leave the processors to the compute.
 _FETCH_PROGRAMS = 16
 _FETCH_BYTES = 16384  # per program and step
@@ -101,28 +101,30 @@ class DevicePager(HostPasses):
         num_active: Tensor,
         next_scores: Tensor | None = None,
         next_ids: Tensor | None = None,
+        of_prompts: bool = False,
     ) -> Iterator[Wave]:
         """Serve a layer's experts, some at a time; the caller queues a wave's compute before it asks for the next.
 
         The first wave holds what is resident, while misses are copied beside it; every needed expert is in exactly one.
 
         Args:
-            ids: [rows, top_k] int32 or int64, distinct within a row, contiguous. More than MAX_ROWS are a prompt's tokens,
-                which are not counted one by one.
+            ids: [rows, top_k] int32 or int64, distinct within a row, contiguous.
             num_active: int32 [1]; rows from there on are padding.
             next_scores: [rows, experts], a guess of the next layer's router logits: the likeliest absent experts are
                 prefetched for it once this layer's own are on the way (Pre-gated MoE, arXiv 2308.12066; HOBBIT,
                 arXiv 2411.01433). Only where `can_prefetch`.
             next_ids: [rows, top_k], the same guess as choices, for any number of rows.
+            of_prompts: rows are prompts' tokens, of any number, whose misses are not counted one by one: one kernel
+                serves all numbers. Otherwise at most MAX_ROWS.
         """
         rows, top_k = ids.shape
         most = min(rows * top_k, self.num_experts)
         if self.holds_all:
-            yield self._all_resident(layer, ids, num_active, most)
+            yield self._all_resident(layer, ids, num_active, most, of_prompts)
             return
         scratch = self._scratch
         self.join()  # copies for this layer, whose page table they have changed
-        self._page(layer, ids, num_active, first=True)
+        self._page(layer, ids, num_active, of_prompts, first=True)
         with self._beside():
             self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
             fetched = self._mark()
@@ -137,7 +139,7 @@ class DevicePager(HostPasses):
             torch.cuda.current_stream().wait_event(fetched)
         yield scratch.misses(min(most, self.num_slots))
         for _ in range(triton.cdiv(max(0, most - self.num_slots), self.num_slots)):
-            self._page(layer, ids, num_active, first=False)
+            self._page(layer, ids, num_active, of_prompts, first=False)
             self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
             yield scratch.misses(min(most, self.num_slots))
 
@@ -153,31 +155,30 @@ class DevicePager(HostPasses):
             self._prefetch_used(layer, ids.to(self.state.step.device, non_blocking=True), self.num_slots)
             self._prefetched = self._mark()
 
-    def _all_resident(self, layer: int, ids: Tensor, num_active: Tensor, most: int) -> Wave:
+    def _all_resident(self, layer: int, ids: Tensor, num_active: Tensor, most: int, of_prompts: bool) -> Wave:
         scratch, (rows, top_k) = self._scratch, ids.shape
         list_kernel[(1,)](
             ids, num_active, self.state.counters[layer],
             scratch.hit_experts, scratch.num_hits,
             TOP_K=top_k, NUM_EXPERTS=self.num_experts, EXPERTS_P=_padded(self.num_experts),
-            PAIRS=min(_PAIRS_AT_ONCE, _padded(rows * top_k)),
+            PAIRS=PAIRS_AT_ONCE if of_prompts else _padded(rows * top_k),
         )  # fmt: skip
         return Wave(scratch.hit_experts, scratch.hit_experts, scratch.num_hits, scratch.identity, most)
 
-    def _page(self, layer: int, ids: Tensor, num_active: Tensor, first: bool) -> None:
+    def _page(self, layer: int, ids: Tensor, num_active: Tensor, of_prompts: bool, first: bool) -> None:
         state, scratch, (rows, top_k) = self.state, self._scratch, ids.shape
         slots_p, experts_p = _padded(self.num_slots), _padded(self.num_experts)
-        by_row = rows <= MAX_ROWS
         page_kernel[(1,)](
             ids, num_active, state.slot_of[layer], state.expert_in[layer],
             state.stamps[layer], state.heat[layer], state.unused[layer], state.step, state.counters[layer],
-            self.row_missed if by_row else None,
+            None if of_prompts else self.row_missed,
             scratch.done, scratch.needed, scratch.keys, scratch.order,
             scratch.hit_slots, scratch.hit_experts, scratch.num_hits, scratch.hit_map,
             scratch.miss_slots, scratch.miss_experts, scratch.num_misses, scratch.miss_map,
             FIRST=first, STAMP_USE=self._order.stamp_use, BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES,
             TOP_K=top_k, NUM_EXPERTS=self.num_experts,
-            NUM_SLOTS=self.num_slots, ROWS_P=_padded(rows) if by_row else 1, TOP_K_P=_padded(top_k), EXPERTS_P=experts_p,
-            SLOTS_P=slots_p, COUNTERS=len(COUNTERS), PAIRS=min(_PAIRS_AT_ONCE, _padded(rows * top_k)),
+            NUM_SLOTS=self.num_slots, ROWS_P=1 if of_prompts else _padded(rows), TOP_K_P=_padded(top_k), EXPERTS_P=experts_p,
+            SLOTS_P=slots_p, COUNTERS=len(COUNTERS), PAIRS=PAIRS_AT_ONCE if of_prompts else _padded(rows * top_k),
             num_warps=4 if slots_p <= 128 else 8,
         )  # fmt: skip
 
@@ -205,7 +206,7 @@ class DevicePager(HostPasses):
             scratch.needed, scratch.keys, scratch.order, scratch.miss_slots, scratch.miss_experts, scratch.num_misses,
             BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES, NUM_EXPERTS=self.num_experts,
             NUM_SLOTS=self.num_slots, EXPERTS_P=_padded(self.num_experts), SLOTS_P=_padded(self.num_slots),
-            COUNTERS=len(COUNTERS), PAIRS=min(_PAIRS_AT_ONCE, _padded(ids.numel())),
+            COUNTERS=len(COUNTERS), PAIRS=PAIRS_AT_ONCE,
         )  # fmt: skip
         self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
 

@@ -269,7 +269,7 @@ def prefetch_kernel(  # type: ignore[no-untyped-def]
     tl.store(counters_ptr + column, tl.load(counters_ptr + column) + gained)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_ids", "budget"])  # type: ignore[untyped-decorator]
 def prefetch_used_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, num_ids,  # expert ids, those of many tokens or each once
     budget,  # experts to prefetch at most

@@ -33,7 +33,8 @@ class PrefetchGovernor:
     def __init__(self, num_layers: int, break_even: float, most: int) -> None:
         self.break_even, self.most = break_even, most
         self._reviews_off = np.zeros(num_layers, np.int64)  # 0: switched on
-        self._judged = np.zeros((2, num_layers), np.int64)  # prefetched, used: up to the last judgement
+        # [2, layers] prefetched and used, up to the last judgement; what was before the first review is not judged.
+        self._judged: NDArray[np.int64] | None = None
 
     def review(self, prefetched: NDArray[np.int64], used: NDArray[np.int64]) -> NDArray[np.int32]:
         """Judge every layer with enough new experience.
@@ -43,10 +44,13 @@ class PrefetchGovernor:
         Returns:
             [layers] the experts each may prefetch per step from now on.
         """
-        new = np.stack([prefetched, used]) - self._judged
+        counted = np.stack([prefetched, used])
+        if self._judged is None:
+            self._judged = counted
+        new = counted - self._judged
         has_sample = new[0] >= _MIN_SAMPLE
         fails = has_sample & (new[1] < self.break_even * new[0])
-        self._judged = np.where(has_sample, np.stack([prefetched, used]), self._judged)
+        self._judged = np.where(has_sample, counted, self._judged)
         waited = np.where(self._reviews_off > 0, self._reviews_off + 1, 0) % (_PROBE_EVERY + 1)
         self._reviews_off = np.where(fails, 1, waited)
         return np.where(self._reviews_off > 0, 0, self.most).astype(np.int32)

@@ -16,7 +16,7 @@ _PAIRS_AT_ONCE = 1024  # of the loops over all pairs
 _BLOCK_M = 64  # pairs of a tile
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
 def _sort_pairs_kernel(  # type: ignore[no-untyped-def]
     ids_ptr,  # [pairs] integers
     order_ptr, starts_ptr,  # int32 [pairs], [experts + 1]
@@ -49,8 +49,7 @@ def sort_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """
     num_pairs = ids.numel()
     order, starts = (ids.new_empty(size, dtype=torch.int32) for size in (num_pairs, num_experts + 1))
-    block = min(_PAIRS_AT_ONCE, triton.next_power_of_2(num_pairs))
-    _sort_pairs_kernel[(num_experts + 1,)](ids, order, starts, num_pairs, BLOCK=block, num_warps=4)
+    _sort_pairs_kernel[(num_experts + 1,)](ids, order, starts, num_pairs, BLOCK=_PAIRS_AT_ONCE, num_warps=4)
     return order, starts
 
 

@@ -17,7 +17,7 @@ _HEADS_PER_PROGRAM = 8
 _LOG2_E = math.log2(math.e)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr,  # [num_rows, num_inputs], [num_outputs, num_inputs], [num_outputs] or None
     output_ptr,  # [num_rows, num_outputs]

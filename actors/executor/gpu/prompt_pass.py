@@ -9,13 +9,14 @@ import triton
 from torch import Tensor, nn
 
 from actors.executor.gpu.expert_kernels import combine
-from actors.executor.gpu.pager import DevicePager, Wave
+from actors.executor.gpu.pager import PAIRS_AT_ONCE, DevicePager, Wave
 from actors.executor.gpu.paging_kernels import count_kernel
 from actors.executor.gpu.prompt_expert_kernels import compute_pairs, sort_pairs
 from actors.executor.gpu.prompt_kernels import BLOCK_TOKENS
 from actors.executor.runner import RowInput
 
 _LAYERS_AHEAD = 2  # that a paced pass queues before the first of them is complete
+_ALIGNMENT = 4  # elements of 4 bytes or more
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,28 @@ class PackedPrompts:
             starts.append(first + count)
         last = [start - 1 for start in starts[1:]]
         ids, positions, rows = zip(*tokens, strict=True)
-        wide = _upload([*ids, *positions, *rows, *last], torch.int64, device)
-        narrow = _upload([*blocks, *starts, len(tokens)], torch.int32, device)
-        token_ids, token_positions, token_rows, ends = wide.split([len(tokens)] * 3 + [len(last)])
-        in_blocks, begins, number = narrow.split([len(blocks), len(starts), 1])
+        token_ids, token_positions, token_rows, ends = _upload(
+            [ids, positions, rows, last], torch.int64, device
+        )
+        in_blocks, begins, number = _upload([blocks, starts, [len(tokens)]], torch.int32, device)
         return cls(
             inputs, token_ids, token_positions, token_rows, ends, begins, number, in_blocks.view(-1, 2)
         )
 
 
-def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Behind what is queued: a copy from ordinary memory could wait for all of it."""
-    tensor = torch.tensor(numbers, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _upload(parts: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """In one copy, behind what is queued: one from ordinary memory could wait for all of it.
+
+    Parts begin at multiples of _ALIGNMENT elements: Triton compiles a kernel anew for an address of another alignment.
+    """
+    lengths = [_ALIGNMENT * triton.cdiv(len(part), _ALIGNMENT) for part in parts]
+    packed = torch.zeros(sum(lengths), dtype=dtype)
+    for target, part in zip(packed.split(lengths), parts, strict=True):
+        target[: len(part)] = torch.tensor(part, dtype=dtype)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    uploaded = packed.to(device, non_blocking=True).split(lengths)
+    return [whole[: len(part)] for whole, part in zip(uploaded, parts, strict=True)]
 
 
 class PromptPass:
@@ -77,7 +87,7 @@ class PromptPass:
     ) -> None:
         self.prompts, self.guesses = prompts, guesses and not pager.holds_all
         self.num_layers = num_layers
-        self._pager, self._after_layer = pager, after_layer
+        self._pager, self.after_layer = pager, after_layer
         self._paced = paced and prompts.token_ids.device.type == "cuda"
         self.needed, self.missed = torch.zeros(
             2, len(prompts.inputs), dtype=torch.int64, device=prompts.token_ids.device
@@ -107,12 +117,12 @@ class PromptPass:
         self._count(layer, ids)
         self.choices.append(ids)
         outputs = _PairOutputs(experts, hidden.contiguous(), ids, pager)
-        for wave in pager.waves(layer, ids, self.prompts.num_tokens, next_ids=next_ids):
+        for wave in pager.waves(layer, ids, self.prompts.num_tokens, next_ids=next_ids, of_prompts=True):
             outputs.add(wave)
         output = combine(outputs.of_pairs, weights.contiguous())
         if self._paced:
             self._wait_for_device()
-        self._after_layer(layer)
+        self.after_layer(layer)
         return output
 
     def _count(self, layer: int, ids: Tensor) -> None:
@@ -121,7 +131,7 @@ class PromptPass:
             ids, self.prompts.starts, self._pager.state.slot_of[layer], self.needed, self.missed,
             TOP_K=ids.shape[1], NUM_EXPERTS=self._pager.num_experts,
             EXPERTS_P=triton.next_power_of_2(self._pager.num_experts),
-            PAIRS=min(1024, triton.next_power_of_2(ids.numel())),
+            PAIRS=PAIRS_AT_ONCE,
         )  # fmt: skip
 
     def _wait_for_device(self) -> None:

@@ -92,7 +92,8 @@ def decode_logits(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tens
     logits = []
     for group in (sequences[:1], sequences[1:]):
         chunks = [PromptChunk.next_of(sequence, 64) for sequence in group]
-        parts = [chunks] if len(chunks) <= prompts.max_chunks else [[chunk] for chunk in chunks]
+        fit_together = all(prompts.joins(chunk, chunks[:index]) for index, chunk in enumerate(chunks))
+        parts = [chunks] if fit_together else [[chunk] for chunk in chunks]
         read = [prompts.read(part, lambda _: None, paced=False).logits for part in parts]
         logits.append(torch.cat(read))
         decoder.first(group, logits[-1])
@@ -150,3 +151,34 @@ def random_table(harness: Harness, num_tokens: int, seed: int) -> HashTable:
     ids = np.random.default_rng(seed).integers(0, NUM_EXPERTS, (model.clock.num_layers, num_tokens, 2))
     weights = np.full(ids.shape, 0.5, np.float16)
     return HashTable(ids.astype(np.uint16), weights, model.pager.source.model_fingerprint, "random", "1")
+
+
+@pytest.mark.parametrize("num_slots", [4, NUM_EXPERTS])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_nothing_is_compiled_once_an_engine_is_built(
+    family: str, num_slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of any length, with and without a table, alone and together: a first request waits for no compiler."""
+    from triton import knobs
+
+    folder = make_checkpoint(family, tmp_path)
+    harness = start_engine(slot_model(folder, num_slots, device="cuda", on_device=True))
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda **details: compiled.append(details["fn"].name)
+    )
+    try:
+        for length in (1, 2, 3, 16, 17, 33, 64):
+            sinks = [
+                harness.submit([7 + row] * (length + row), f"r{length}.{row}", max_tokens=2)
+                for row in range(3)
+            ]
+            for row in range(2):
+                harness.engine.attach_table(
+                    f"r{length}.{row}", random_table(harness, length + row, seed=length)
+                )
+            for sink in sinks:
+                sink.result()
+    finally:
+        harness.engine.stop()
+    assert compiled == []
