@@ -157,6 +157,13 @@ class ServingConfig(BaseModel):
         ge=0,
         le=86_400,
     )
+    max_chunks_per_s: float = _option(
+        1500.0,
+        "above 0",
+        "Pieces of streams that all executors together send per second; where there would be more, tokens share one.",
+        gt=0,
+        allow_inf_nan=False,
+    )
     max_queued_requests: int = _at_least(
         128, 1, 1_000_000, "Requests that may wait for an executor; more are refused with status 503."
     )

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from ray.serve.handle import DeploymentHandle
 
 from actors.executor.build import build_engine
-from actors.executor.chunk_stream import ChunkStream
+from actors.executor.chunk_stream import ChunkPace, ChunkStream
 from actors.executor.live_view import LiveView
 from actors.executor.status_line import StatusLine
 from actors.executor.store_source import StoreExpertSource
@@ -53,6 +54,7 @@ class ExecutorDeployment:
         self._engine.start()
         self._bus = connect_bus(config, table_server) if table_server is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pace = ChunkPace(config.max_chunks_per_s / config.max_executors)
         self._view = LiveView(self._engine.activity, self._engine.report)
         self._spawn(self._follow_store())
         if config.status_interval_s:
@@ -64,14 +66,15 @@ class ExecutorDeployment:
         Raises:
             QueueFullError, EngineStoppedError, ExpertsUnavailableError: try again.
         """
-        stream = ChunkStream(asyncio.get_running_loop())
+        stream = ChunkStream(asyncio.get_running_loop(), self._pace)
         self._engine.submit(request, stream)
         delivery = self._spawn(self._deliver_table(request.request_id)) if self._bus is not None else None
         entry = _LogEntry(request)
         try:
-            async for chunk in stream:
-                entry.take(chunk)
-                yield chunk
+            async with aclosing(aiter(stream)) as chunks:
+                async for chunk in chunks:
+                    entry.take(chunk)
+                    yield chunk
         except Exception as error:
             entry.status = getattr(error, "code", type(error).__name__)
             raise

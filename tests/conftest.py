@@ -8,12 +8,17 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 # Read by Ray when it is imported, so they are set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the threads of two processes would wait for each other
+    torch.set_num_threads(1)  # the threads of two processes would wait for each other
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when Triton is imported; see actors/executor/conftest.py
 
 LOGICAL_CPUS = 8  # more than a laptop has: tests share the machine, they do not fill it
 OBJECT_STORE_BYTES = 600_000_000

@@ -14,7 +14,7 @@ class EvictionPolicy(Protocol):
         """The expert was given a slot."""
 
     def used(self, expert_ids: Iterable[int]) -> None:
-        """A pass read these resident experts."""
+        """A pass read these experts; some may have left since."""
 
     def evicted(self, expert_id: int) -> None:
         """The expert lost its slot."""
@@ -34,8 +34,9 @@ class LruPolicy:
 
     def used(self, expert_ids: Iterable[int]) -> None:
         for expert_id in expert_ids:
-            self._order.pop(expert_id)
-            self._order[expert_id] = None
+            if expert_id in self._order:
+                del self._order[expert_id]
+                self._order[expert_id] = None
 
     def evicted(self, expert_id: int) -> None:
         del self._order[expert_id]
@@ -87,8 +88,9 @@ class DecayedLfuPolicy:
         self._passes += 1
         if self._passes > _RESCALE_AFTER_HALF_LIVES * HALF_LIFE_PASSES:
             self._rescale()
+        use = 2 ** (self._passes / HALF_LIFE_PASSES)
         for expert_id in expert_ids:
-            self._heat[expert_id] = self._heat.get(expert_id, 0.0) + 2 ** (self._passes / HALF_LIFE_PASSES)
+            self._heat[expert_id] = self._heat.get(expert_id, 0.0) + use
 
     def evicted(self, expert_id: int) -> None:
         self._resident.discard(expert_id)

@@ -1,11 +1,11 @@
 """Demand paging of experts, driven by the host for any device: page tables, victims, counters. Copies are SlotPool's.
 
-Two threads call it: the engine's (`acquire`, `release`) and the prefetcher's (`prefetch`). The rule both obey: a slot
+Two threads call it: the engine's (`reading`, `streaming`) and the prefetcher's (`prefetch`). The rule both obey: a slot
 that the running step reads is never a victim, and a slot is never read before its copy is complete.
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,7 +30,7 @@ class _Layer:
     uses: list[int]
     misses: list[int]
     changed: threading.Condition = field(default_factory=threading.Condition)
-    loading: set[int] = field(default_factory=set)  # expert ids whose copy is under way
+    loading: set[int] = field(default_factory=set)  # expert ids that the prefetcher copies now
     reading: frozenset[int] = frozenset()  # expert ids that the running step reads
     step_waits: bool = False  # for a slot; prefetching must not take the next one
     unused_prefetches: set[int] = field(default_factory=set)
@@ -119,48 +119,109 @@ class HostPager:
 
     @contextmanager
     def reading(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Tensor]:
-        state = self._layers[layer]
         assert len(expert_ids) <= self.num_slots
-        try:
-            self._make_resident(layer, state, expert_ids)
+        with self.streaming(layer, expert_ids) as slots:
+            for _ in slots:
+                pass
             yield self.page_table[layer]
-        finally:
-            self._end_reading(state)
 
-    def _make_resident(self, layer: int, state: _Layer, expert_ids: Sequence[int]) -> None:
+    @contextmanager
+    def streaming(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Iterator[tuple[int, int]]]:
+        """Let the body read any number of experts: first those in slots, then each of the others when it is copied.
+
+        Not more experts than slots stay in their slots to the end. With more of them, what finds no slot passes through
+        one: there it lies until the next one is asked for. The others stay for the next pass.
+
+        Args:
+            expert_ids: distinct.
+        Yields:
+            An iterator over (expert id, slot). It raises ExpertsUnavailableError.
+        """
+        state = self._layers[layer]
+        slots = self._stream(layer, state, expert_ids)
+        try:
+            yield slots
+        finally:
+            slots.close()
+            self._end_reading(state, expert_ids)
+
+    def _stream(
+        self, layer: int, state: _Layer, expert_ids: Sequence[int]
+    ) -> Generator[tuple[int, int], None, None]:
+        passing = len(expert_ids) > self.num_slots
         with state.changed:
             state.reading = frozenset(expert_ids)
-            missing = [e for e in expert_ids if self._slot_of[layer, e] == ABSENT]
-            to_load = [e for e in missing if e not in state.loading]
-            state.counters.hits += len(expert_ids) - len(missing)
-            state.counters.misses += len(missing)
-            for expert_id in expert_ids:
-                state.uses[expert_id] += 1
-            for expert_id in missing:
-                state.misses[expert_id] += 1
-        for expert_id in to_load:
-            self._load_on_demand(layer, state, expert_id)
-        with state.changed:
-            # A prefetch that failed leaves its expert absent and not loading: fetch it here, where errors are answered.
-            while waiting := [e for e in expert_ids if self._slot_of[layer, e] == ABSENT]:
-                if not state.loading.intersection(waiting):
-                    break
-                state.changed.wait()
-        for expert_id in waiting:
-            self._load_on_demand(layer, state, expert_id)
-        with state.changed:
-            state.policy.used(expert_ids)
+            slots = dict(zip(expert_ids, self._slot_of[layer, expert_ids].tolist(), strict=True))
+            missing = [expert_id for expert_id, slot in slots.items() if slot == ABSENT]
+            self._count(state, expert_ids, missing)
+            under_way = state.loading.intersection(missing)
+            to_load = [expert_id for expert_id in missing if expert_id not in under_way]
+            free = self._take_slots(layer, state, len(to_load), state.reading)
+        num_staying = len(free) if passing else len(to_load)
+        try:
+            yield from ((expert_id, slot) for expert_id, slot in slots.items() if slot != ABSENT)
+            for expert_id in to_load[:num_staying]:
+                slot = free.pop(0) if free else self._wait_for_slot(layer, state, state.reading)
+                self._copy(layer, state, expert_id, slot)
+                yield expert_id, slot
+        finally:
+            with state.changed:
+                self._give_back(state, free)
+        if num_staying < len(to_load):
+            yield from self._pass_through(layer, state, to_load[num_staying:])
+        for expert_id in under_way:
+            self._await_copy(layer, state, expert_id, keep=() if passing else state.reading)
+            yield expert_id, int(self._slot_of[layer, expert_id])
+
+    def _pass_through(
+        self, layer: int, state: _Layer, expert_ids: Sequence[int]
+    ) -> Generator[tuple[int, int], None, None]:
+        """Bring experts one by one into one slot, in which the last one stays."""
+        assert self._copy_stream is None, "a device may still read the expert before"
+        slot = self._wait_for_slot(layer, state, keep=())  # whatever has a slot has been read
+        try:
+            for expert_id in expert_ids[:-1]:
+                self._write(state.pool, slot, self.source.fetch(layer, expert_id))
+                with state.changed:
+                    state.counters.moved_bytes += self.source.layout.slab_bytes
+                yield expert_id, slot
+        except BaseException:
+            with state.changed:
+                self._give_back(state, [slot])
+            raise
+        self._copy(layer, state, expert_ids[-1], slot)
+        yield expert_ids[-1], slot
+
+    def _count(self, state: _Layer, expert_ids: Sequence[int], missing: Sequence[int]) -> None:
+        state.counters.hits += len(expert_ids) - len(missing)
+        state.counters.misses += len(missing)
+        for expert_id in expert_ids:
+            state.uses[expert_id] += 1
+        for expert_id in missing:
+            state.misses[expert_id] += 1
+        self._count_used_prefetches(state, expert_ids)
+
+    def _count_used_prefetches(self, state: _Layer, expert_ids: Sequence[int]) -> None:
+        if state.unused_prefetches:
             state.counters.prefetched_used += len(state.unused_prefetches.intersection(expert_ids))
             state.unused_prefetches.difference_update(expert_ids)
 
-    def _load_on_demand(self, layer: int, state: _Layer, expert_id: int) -> None:
+    def _wait_for_slot(self, layer: int, state: _Layer, keep: Collection[int]) -> int:
+        """A slot without an expert of `keep`, even if the prefetcher has to fill it first."""
         with state.changed:
             state.step_waits = True
-            while (slot := self._take_slot(layer, state, state.reading)) is None:
-                state.changed.wait()  # every other slot is being filled by the prefetcher
+            while not (slots := self._take_slots(layer, state, 1, keep)):
+                state.changed.wait()
             state.step_waits = False
-            state.loading.add(expert_id)
-        self._copy(layer, state, expert_id, slot)
+            return slots[0]
+
+    def _await_copy(self, layer: int, state: _Layer, expert_id: int, keep: Collection[int]) -> None:
+        """Wait for the prefetcher's copy of an expert; one that failed is fetched here, where errors are answered."""
+        with state.changed:
+            state.changed.wait_for(lambda: expert_id not in state.loading)
+            is_resident = self._slot_of[layer, expert_id] != ABSENT
+        if not is_resident:
+            self._copy(layer, state, expert_id, self._wait_for_slot(layer, state, keep))
 
     def load_ahead(self, layer: int, expert_ids: Sequence[int]) -> None:
         pass  # a copy would end before the compute that it should run beside begins
@@ -172,31 +233,41 @@ class HostPager:
             taken_care_of = state.loading.union(state.reading)
             if state.step_waits or expert_id in taken_care_of or self._slot_of[layer, expert_id] != ABSENT:
                 return False
-            slot = self._take_slot(layer, state, state.reading.union(keep))
-            if slot is None:
+            slots = self._take_slots(layer, state, 1, state.reading.union(keep))
+            if not slots:
                 return False
             state.loading.add(expert_id)
         with self._prefetch_stream(state):
-            self._copy(layer, state, expert_id, slot)
+            self._copy(layer, state, expert_id, slots[0])
         with state.changed:
             state.counters.prefetched += 1
             state.unused_prefetches.add(expert_id)
         return True
 
-    def _take_slot(self, layer: int, state: _Layer, keep: Collection[int]) -> int | None:
-        """A free slot, or that of the first victim outside `keep`. The caller holds the layer's lock."""
-        if state.free_slots:
-            return state.free_slots.pop()
-        for victim in state.policy.victims():
-            if victim not in keep:
-                slot = int(self._slot_of[layer, victim])
-                self._slot_of[layer, victim] = ABSENT
-                state.policy.evicted(victim)
-                state.counters.prefetched_wasted += victim in state.unused_prefetches
-                state.unused_prefetches.discard(victim)
-                state.counters.evictions += 1
-                return slot
-        return None
+    def _take_slots(self, layer: int, state: _Layer, count: int, keep: Collection[int]) -> list[int]:
+        """At most `count` slots: free ones, then those of the first victims outside `keep`. The caller holds the lock."""
+        slots = [state.free_slots.pop() for _ in range(min(count, len(state.free_slots)))]
+        if len(slots) < count:
+            victims = [expert_id for expert_id in state.policy.victims() if expert_id not in keep]
+            slots += [self._evict(layer, state, victim) for victim in victims[: count - len(slots)]]
+        return slots
+
+    def _evict(self, layer: int, state: _Layer, victim: int) -> int:
+        """Returns: its slot. The caller holds the lock."""
+        slot = int(self._slot_of[layer, victim])
+        self._slot_of[layer, victim] = ABSENT
+        state.policy.evicted(victim)
+        state.counters.prefetched_wasted += victim in state.unused_prefetches
+        state.unused_prefetches.discard(victim)
+        state.counters.evictions += 1
+        return slot
+
+    def _give_back(self, state: _Layer, slots: Sequence[int]) -> None:
+        """The caller holds the lock."""
+        if self._poison:
+            for slot in slots:
+                state.pool.poison(slot)
+        state.free_slots.extend(slots)
 
     def _copy(self, layer: int, state: _Layer, expert_id: int, slot: int) -> None:
         loaded = False
@@ -207,15 +278,13 @@ class HostPager:
             loaded = True
         finally:
             with state.changed:
-                state.loading.remove(expert_id)
+                state.loading.discard(expert_id)
                 if loaded:
                     self._slot_of[layer, expert_id] = slot
                     state.policy.loaded(expert_id)
                     state.counters.moved_bytes += self.source.layout.slab_bytes
                 else:
-                    if self._poison:
-                        state.pool.poison(slot)
-                    state.free_slots.append(slot)
+                    self._give_back(state, [slot])
                 state.changed.notify_all()
 
     def _write(self, pool: SlotPool, slot: int, slab: Tensor) -> None:
@@ -237,10 +306,12 @@ class HostPager:
         with torch.cuda.stream(self._copy_stream):
             yield
 
-    def _end_reading(self, state: _Layer) -> None:
+    def _end_reading(self, state: _Layer, expert_ids: Sequence[int]) -> None:
         if self._copy_stream is not None:
             state.read_done = torch.cuda.Event()
             state.read_done.record()
         with state.changed:
+            state.policy.used(expert_ids)
+            self._count_used_prefetches(state, expert_ids)  # those that came meanwhile
             state.reading = frozenset()
             state.changed.notify_all()

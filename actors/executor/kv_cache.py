@@ -51,7 +51,7 @@ class RowCache(Cache):  # type: ignore[misc]  # untyped
         """Say which rows and positions the coming pass writes.
 
         Args:
-            positions: [len(rows), queries] int64 on the model's device, rising along a row.
+            positions: [len(rows), queries] int64 on the model's device, never falling along a row.
         Returns:
             The number of positions that attention will see: every row is read up to the longest one's end.
         """

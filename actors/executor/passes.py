@@ -35,7 +35,7 @@ class DevicePass(Protocol):
 
 
 class Pass:
-    """A forward over one sequence's prompt chunk, or over one token of each of several sequences.
+    """A forward over as many tokens of each of some sequences: of prompt chunks, or one token of each.
 
     Args:
         routing: replaces the routers' choice; None lets them decide.
@@ -60,23 +60,18 @@ class Pass:
         # Per layer [tokens, top_k].
         self.choices: list[NDArray[np.int64]] | None = [] if keep_choices else None
 
-    def record(
-        self,
-        ids: NDArray[np.int64],
-        needed: NDArray[np.int64],
-        resident: NDArray[np.bool_],
-        loading: NDArray[np.bool_],
-    ) -> None:
+    def record(self, ids: NDArray[np.int64], resident: NDArray[np.bool_], loading: NDArray[np.bool_]) -> None:
         """Account for one layer before it is computed.
 
         Args:
-            ids: [tokens, top_k] chosen experts; needed: the distinct ones.
+            ids: [tokens, top_k] chosen experts, sequence by sequence.
             resident, loading: [experts].
         """
-        per_sequence = needed[None] if self.num_sequences == 1 else ids  # [sequences, experts each needs]
-        self.needed += per_sequence.shape[1]
-        self.missed += np.count_nonzero(~resident[per_sequence], axis=1)
-        self.fetched += np.count_nonzero(~(resident | loading)[per_sequence], axis=1)
+        needed = np.zeros((self.num_sequences, len(resident)), np.bool_)
+        needed[np.arange(self.num_sequences)[:, None], ids.reshape(self.num_sequences, -1)] = True
+        self.needed += needed.sum(axis=1)
+        self.missed += (needed & ~resident).sum(axis=1)
+        self.fetched += (needed & ~(resident | loading)).sum(axis=1)
         if self.choices is not None:
             self.choices.append(ids)
 

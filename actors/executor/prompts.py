@@ -1,4 +1,4 @@
-"""What the engine asks of whoever reads its prompts, and the plainest such: one chunk at a time, paged by the host."""
+"""What the engine asks of whoever reads its prompts, and the plainest such, whose passes the host pages."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +17,8 @@ from actors.executor.sequence import PromptChunk
 # Called with -1 when a pass begins, then with each MoE layer's number when its experts are computed, or queued.
 AfterLayer = Callable[[int], None]
 
+_MAX_PADDING = 0.25  # of the tokens that a pass reads
+
 
 @dataclass(frozen=True)
 class PromptResult:
@@ -33,8 +35,10 @@ class PromptResult:
 class PromptReader(Protocol):
     """Computes prompts into cache rows. Every call comes from the engine's thread."""
 
-    max_chunks: int  # of one pass
     runs_ahead: bool  # decode steps under way need not be complete
+
+    def joins(self, chunk: PromptChunk, chunks: Sequence[PromptChunk]) -> bool:
+        """Whether a pass over `chunks` may read one more; a first one always."""
 
     def read(self, chunks: Sequence[PromptChunk], after_layer: AfterLayer, paced: bool) -> PromptResult:
         """
@@ -49,26 +53,42 @@ class PromptReader(Protocol):
 
 
 class HostPrompts:
-    """
+    """Reads chunks of about the same length together on a CPU: the shorter ones are padded.
+
     Args:
         routing: replaces the routers' choice; None lets them decide.
     """
 
-    max_chunks = 1
     runs_ahead = False
 
     def __init__(self, runner: ModelRunner, routing: PredictedRouting | None = None) -> None:
         self._runner, self._routing = runner, routing
+        # A GPU's memory was shared out for passes over one chunk.
+        self._reads_together = routing is None and runner.device.type == "cpu"
+
+    def joins(self, chunk: PromptChunk, chunks: Sequence[PromptChunk]) -> bool:
+        if not self._reads_together:
+            return not chunks
+        lengths = [each.num_tokens for each in (*chunks, chunk)]
+        return len(lengths) * max(lengths) <= (1 + _MAX_PADDING) * sum(lengths)
 
     def read(self, chunks: Sequence[PromptChunk], after_layer: AfterLayer, paced: bool) -> PromptResult:
-        (chunk,) = chunks
-        routing = self._routing.of_prompt(chunk) if self._routing else None
-        pass_ = Pass(1, routing, keep_choices=routing is None, after_layer=after_layer)
-        logits = self._runner.run([RowInput(chunk.sequence.row, chunk.start, chunk.token_ids)], pass_)
-        choices = None if pass_.choices is None else [pass_.choices]
+        routing = self._routing.of_prompt(chunks[0]) if self._routing else None
+        pass_ = Pass(len(chunks), routing, keep_choices=routing is None, after_layer=after_layer)
+        inputs = [RowInput(chunk.sequence.row, chunk.start, chunk.token_ids) for chunk in chunks]
+        logits = self._runner.run(inputs, pass_)
+        choices = None if pass_.choices is None else _of_chunks(pass_.choices, chunks)
         return PromptResult(logits, pass_.needed, pass_.missed, pass_.fetched, choices)
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
         with self._runner.interrupted():
             yield
+
+
+def _of_chunks(
+    choices: Sequence[NDArray[np.int64]], chunks: Sequence[PromptChunk]
+) -> list[list[NDArray[np.int64]]]:
+    """A pass' choices, [padded tokens of all chunks, top_k] per layer, as those of each chunk without padding."""
+    by_row = [layer.reshape(len(chunks), -1, layer.shape[1]) for layer in choices]
+    return [[layer[row, -chunk.num_tokens :] for layer in by_row] for row, chunk in enumerate(chunks)]

@@ -28,7 +28,7 @@ class ModelRunner:
     def __init__(self, slot_model: SlotModel, num_rows: int, max_tokens: int) -> None:
         self._model = slot_model.model
         self._clock, self._pager = slot_model.clock, slot_model.pager
-        self._device = slot_model.model.device
+        self.device = slot_model.model.device
         self._window = sliding_window(self._model.config)
         self._mask_per_layer_type = takes_mask_per_layer_type(self._model.config)
         self._mask_is_additive = self._model.config._attn_implementation == "eager"
@@ -40,7 +40,9 @@ class ModelRunner:
         """Run one pass and fill the rows' caches.
 
         Args:
-            inputs: rows in rising order, all with the same number of tokens.
+            inputs: different rows; neighbouring ones in rising order are read without a copy. Those with fewer tokens
+                than others begin with repetitions of their first one, which take its place once more: they change
+                nothing, and need no expert that it does not.
         Returns:
             [rows, vocab] float32 logits of each row's last token, on the model's device.
         """
@@ -55,9 +57,16 @@ class ModelRunner:
 
     def forward(self, inputs: Sequence[RowInput]) -> Tensor:
         """Within a pass: queue the model's own modules. Args and result as `run`."""
-        token_ids = torch.tensor([row.token_ids for row in inputs], device=self._device)  # [rows, queries]
-        starts = torch.tensor([[row.start] for row in inputs], device=self._device)
-        positions = starts + torch.arange(token_ids.shape[1], device=self._device)  # [rows, queries]
+        num_queries = max(len(row.token_ids) for row in inputs)
+        padding = [num_queries - len(row.token_ids) for row in inputs]
+        padded = [
+            [row.token_ids[0]] * num + list(row.token_ids) for row, num in zip(inputs, padding, strict=True)
+        ]
+        token_ids = torch.tensor(padded, device=self.device)  # [rows, queries]
+        starts = torch.tensor([[row.start] for row in inputs], device=self.device)
+        skipped = torch.tensor([[num] for num in padding], device=self.device)
+        steps = torch.arange(num_queries, device=self.device)
+        positions = starts + (steps - skipped).clamp(min=0)  # [rows, queries]
         length = self.cache.address([row.row for row in inputs], positions)
         output = self._model(
             input_ids=token_ids,

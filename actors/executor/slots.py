@@ -14,6 +14,7 @@ class SlotPool:
         slabs = torch.zeros(num_slots, layout.slab_bytes, dtype=torch.uint8, device=device)
         self.views = layout.views(slabs)  # name -> [num_slots, *shape]
         self.elements = slabs.view(layout.dtype)  # [num_slots, slab elements], the same memory
+        self._slots = self.elements.unbind()
 
     def write(self, slot: int, slab: Tensor, stored: ExpertLayout) -> None:
         """Copy a host slab ([stored.slab_bytes] uint8) into a slot, converting where the dtypes differ.
@@ -21,7 +22,7 @@ class SlotPool:
         Args:
             stored: has its elements where the slots' layout has them (`ExpertLayout.with_dtype`).
         """
-        self.elements[slot].copy_(slab.view(stored.dtype), non_blocking=True)
+        self._slots[slot].copy_(slab.view(stored.dtype), non_blocking=True)
 
     def poison(self, slot: int) -> None:
         """Fill a free slot with NaN, so that a test sees any read of it."""

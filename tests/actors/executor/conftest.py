@@ -1,6 +1,5 @@
 """Where there is no GPU, Triton's kernels run in its interpreter: slow, on the CPU, with the same results."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -8,8 +7,6 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
-
     import triton.language as tl
     from triton.runtime import interpreter
 

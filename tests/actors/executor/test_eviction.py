@@ -12,6 +12,8 @@ def test_lru_evicts_the_least_recently_used_first() -> None:
     policy.evicted(2)
     policy.loaded(2)
     assert list(policy.victims()) == [3, 1, 2]
+    policy.used([4, 3])  # 4 has left since
+    assert list(policy.victims()) == [1, 2, 3]
 
 
 def test_fifo_evicts_the_first_loaded_whatever_was_used() -> None:

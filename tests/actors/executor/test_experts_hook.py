@@ -28,9 +28,11 @@ def one_thread() -> Iterator[None]:
 
 
 def run_all(folder: Path, num_slots: int, dtype: torch.dtype, eviction: str = "lru") -> list[Tensor]:
-    """Logits of two prompt passes and a batch of decode passes."""
+    """Logits of prompt passes, each for one and one for all of them, and of a batch of decode passes."""
     runner = ModelRunner(slot_model(folder, num_slots, dtype, eviction), num_rows=3, max_tokens=64)
-    logits = [runner.run([RowInput(row, 0, prompt)], Pass(1)) for row, prompt in enumerate(PROMPTS)]
+    prompts = [RowInput(row, 0, prompt) for row, prompt in enumerate(PROMPTS)]
+    logits = [runner.run([prompt], Pass(1)) for prompt in prompts]
+    logits.append(runner.run(prompts, Pass(len(prompts))))
     for step in range(4):
         inputs = [RowInput(row, len(prompt) + step, (7 + row + step,)) for row, prompt in enumerate(PROMPTS)]
         logits.append(runner.run(inputs, Pass(len(inputs))))
@@ -45,6 +47,19 @@ def test_logits_are_bit_equal_to_all_resident(family: str, dtype: torch.dtype, t
     for num_slots, eviction in ((2, "lru"), (3, "fifo"), (5, "lru")):
         paged = run_all(folder, num_slots, dtype, eviction)
         assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True)), (num_slots, eviction)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe"])
+def test_prompts_of_one_pass_do_not_see_each_other(family: str, tmp_path: Path) -> None:
+    """Nor the padding of the shorter ones, in any chunk."""
+    model = slot_model(make_checkpoint(family, tmp_path), 3)
+    runner = ModelRunner(model, num_rows=5, max_tokens=64)
+    rows = (3, 0, 4)
+    for start, stop in ((0, 3), (3, 16)):
+        parts = [(row, prompt[start:stop]) for row, prompt in zip(rows, PROMPTS, strict=True)]
+        alone = [runner.run([RowInput(row, start, part)], Pass(1)) for row, part in parts]
+        together = runner.run([RowInput(row, start, part) for row, part in parts], Pass(len(parts)))
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
 
 
 def test_a_wrong_expert_would_show(tmp_path: Path) -> None:
@@ -83,3 +98,8 @@ def test_a_pass_knows_what_it_needed_and_missed(tmp_path: Path) -> None:
     batch = Pass(2)
     runner.run([RowInput(0, 14, (3,)), RowInput(1, 0, (4,))], batch)
     assert batch.needed.tolist() == [model.clock.num_layers * 2] * 2
+    prompts = Pass(2)
+    runner.run([RowInput(0, 0, PROMPTS[0]), RowInput(1, 0, PROMPTS[2])], prompts)
+    alone = Pass(1)
+    runner.run([RowInput(1, 0, PROMPTS[2])], alone)
+    assert prompts.needed.tolist() == [needed, int(alone.needed[0])]

@@ -197,6 +197,48 @@ def test_step_waits_for_a_prefetch_under_way_and_does_not_copy_twice() -> None:
     assert resident(pager) == [4]
 
 
+def stream(pager: HostPager, layer: int, expert_ids: list[int]) -> list[int]:
+    order = []
+    with pager.streaming(layer, expert_ids) as slots:
+        for expert_id, slot in slots:
+            assert (contents(pager, layer, slot) == 10 * layer + expert_id).all()
+            order.append(expert_id)
+    return order
+
+
+@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+def test_more_experts_than_slots_pass_through_one(eviction: str) -> None:
+    pager = make_host_pager(num_slots=3, eviction=eviction)
+    read(pager, 0, [1, 4])
+    assert stream(pager, 0, [0, 1, 2, 3, 4, 5]) == [1, 4, 0, 2, 3, 5], "those in slots first"
+    stayed = resident(pager)
+    assert len(stayed) == 3
+    assert 5 in stayed, "the last one keeps the slot"
+    counters = pager.counters(0)
+    assert (counters.hits, counters.misses) == (2, 6)
+    assert counters.moved_bytes == 6 * LAYOUT.slab_bytes
+
+
+def test_every_needed_expert_in_a_slot_makes_room_for_one_more() -> None:
+    pager = make_host_pager(num_slots=2)
+    read(pager, 0, [0, 1])
+    assert stream(pager, 0, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert resident(pager) == [1, 3]
+
+
+@pytest.mark.parametrize("broken", range(NUM_EXPERTS))
+def test_failed_fetch_in_a_stream_is_answered_and_leaves_the_pager_usable(broken: int) -> None:
+    source = NumberedSource()
+    source.broken = {(0, broken)}
+    pager = make_host_pager(num_slots=3, source=source)
+    with pytest.raises(ExpertsUnavailableError):
+        stream(pager, 0, list(range(NUM_EXPERTS)))
+    source.broken.clear()
+    for _ in range(3):
+        assert sorted(stream(pager, 0, list(range(NUM_EXPERTS)))) == list(range(NUM_EXPERTS))
+        read(pager, 0, [0, 3, 5])
+
+
 steps = st.lists(
     st.tuples(
         st.integers(0, NUM_LAYERS - 1),
@@ -254,3 +296,5 @@ def test_steps_read_the_right_experts_while_a_prefetcher_races_them(
     generator = torch.Generator().manual_seed(2)
     for step in range(1500):
         read(pager, step % NUM_LAYERS, torch.randperm(NUM_EXPERTS, generator=generator)[:3].tolist())
+        if step % 4 == 0:
+            stream(pager, step % NUM_LAYERS, torch.randperm(NUM_EXPERTS, generator=generator)[:5].tolist())
