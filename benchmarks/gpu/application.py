@@ -122,7 +122,8 @@ class Application:
             report = self.get("/v1/experts")
         except OSError:  # refused, or an HTTP status of somebody who is not there yet
             return False
-        return report["store"]["state"] == "ready" and len(report["executors"]) == self._num_executors
+        store = report["store"] or {"state": "does not answer"}
+        return store["state"] == "ready" and len(report["executors"]) == self._num_executors
 
     def _tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])

@@ -33,6 +33,14 @@ def test_throughput_counts_from_the_first_request_to_the_last_token() -> None:
     assert row["ttft_ms"]["p50"] == 1000.0 and row["inter_token_ms"]["mean"] == 500.0
 
 
+def test_a_piece_may_hold_several_tokens() -> None:
+    of_two_each = answer(tokens=3, gap=1.0)
+    of_two_each.completion_tokens = 6
+    row = figures([of_two_each])
+    assert row["tokens_per_s"] == 2.0 and row["tokens_per_piece"] == 2.0
+    assert row["inter_token_ms"] == {"p50": 1000.0, "p90": 1000.0, "p99": 1000.0, "mean": 400.0}
+
+
 def test_failed_requests_are_counted_and_not_timed() -> None:
     failed = Answer(0, 0.0, [100.0], error="APIError: no")
     assert figures([answer(), failed]) == {**figures([answer()]), "requests": 2, "failed": 1}

@@ -54,12 +54,16 @@ class DevicePrompts:
 
         No token counts, but a few experts are prefetched by a guess.
         """
-        prompts = PackedPrompts.of([RowInput(0, 0, (0,))], self._model.device)
+        num_tokens = min(
+            self._pager.num_experts, self._runner.max_tokens
+        )  # may need all experts, and so waves
+        prompts = PackedPrompts.of([RowInput(0, 0, (0,) * num_tokens)], self._model.device)
         prompts.num_tokens.zero_()  # all of it is padding
         self._run(
             PromptPass(self._pager, self._clock.num_layers, prompts, self._prefetch, lambda _: None, False)
         )
-        self._pager.prefetch_used(0, [0])  # as a hash table does
+        for layer in range(self._clock.num_layers):  # not all of them lie at equally aligned addresses
+            self._pager.prefetch_used(layer, [0])  # as a hash table does
         self._pager.join()
 
     @torch.inference_mode()

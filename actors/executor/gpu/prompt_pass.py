@@ -89,9 +89,10 @@ class PromptPass:
         self.num_layers = num_layers
         self._pager, self.after_layer = pager, after_layer
         self._paced = paced and prompts.token_ids.device.type == "cuda"
-        self.needed, self.missed = torch.zeros(
-            2, len(prompts.inputs), dtype=torch.int64, device=prompts.token_ids.device
-        ).unbind()
+        self.needed, self.missed = (
+            torch.zeros(len(prompts.inputs), dtype=torch.int64, device=prompts.token_ids.device)
+            for _ in range(2)
+        )
         self.choices: list[Tensor] = []  # per layer [tokens, top_k]
         self._queued: list[torch.cuda.Event] = []  # per layer
 
