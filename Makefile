@@ -22,7 +22,7 @@ serve: $(VENV)/.installed
 	$(BIN)/python -m deployments --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 12 $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 12 $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

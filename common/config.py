@@ -93,10 +93,11 @@ class ServingConfig(BaseModel):
     prefetch: bool = _option(
         True, "true or false", "Load predicted experts before the forward pass asks for them."
     )
-    eviction: Literal["lfu", "lru", "fifo"] = _option(
+    eviction: Literal["lfu", "lru", "fifo", "inactive-lifo", "activation"] = _option(
         "lfu",
-        "lfu, lru or fifo",
-        "Which expert leaves its slot: the least often used of late, the least recently used, or the oldest.",
+        "lfu, lru or fifo; on cpu also inactive-lifo or activation",
+        "Which expert leaves its slot: the least often used of late, the least recently used, the oldest, the newest "
+        "that the batch does not need, or the one that the running requests used least.",
     )
     hash_function: Annotated[str, BeforeValidator(_absolute_or_auto)] = _option(
         "auto",

@@ -1,6 +1,6 @@
 """What all tests share: one Ray cluster and one Serve HTTP port per session. Knows no part of the system.
 
-`make test` runs them in two processes, file by file; each has a cluster of its own if it needs one.
+`make test` runs them in two processes: those of the cluster, which mostly wait, in one, the rest file by file.
 """
 
 import os
@@ -22,6 +22,14 @@ if not torch.cuda.is_available():
 
 LOGICAL_CPUS = 8  # more than a laptop has: tests share the machine, they do not fill it
 OBJECT_STORE_BYTES = 600_000_000
+
+
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of `--dist loadgroup`."""
+    for item in items:
+        group = "cluster" if item.get_closest_marker("cluster") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def free_port() -> int:

@@ -15,6 +15,7 @@ from actors.executor.device_memory import CudaMeter, measure_memory, slots_that_
 from actors.executor.engine import Engine, EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import ExpertSource
+from actors.executor.gpu.page_state import EVICTION_ORDERS
 from actors.executor.host_pager import HostPager
 from actors.executor.model_loader import SlotModel, attach_slots, load_dense_model
 from actors.executor.pager import Pager
@@ -52,6 +53,7 @@ def build_engine(
     logger = logger or logging.getLogger(__name__)
     architecture = describe_architecture(config.model)
     device = torch.device(_resolve_device(config.device))
+    check_eviction(config.eviction, device)
     dtype = config.compute_dtype(device.type, source.layout.dtype)
     layout = source.layout.with_dtype(dtype)
     limits = EngineLimits(
@@ -133,6 +135,16 @@ def auto_slots(
     )
     logger.info("expert_slots=auto: %s", memory)
     return slots_that_fit(config.expert_slots, architecture, layout.slab_bytes, memory)
+
+
+def check_eviction(eviction: str, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: a policy that only the host's pager knows, where the device pages.
+    """
+    if device.type == "cuda" and eviction not in EVICTION_ORDERS:
+        known = f"on a GPU, which pages by itself, one of {', '.join(EVICTION_ORDERS)}"
+        raise ConfigError("eviction", eviction, f"{known}; the others are for device=cpu")
 
 
 def new_pager(

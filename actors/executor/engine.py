@@ -393,4 +393,6 @@ class Engine:
                 if sequence in group:
                     group.remove(sequence)
             if sequence.row >= 0:
+                num_running = self._limits.max_batch_size - len(self._free_rows)
                 self._free_rows.append(sequence.row)
+                self._pager.requests_ended(1 / num_running)

@@ -19,6 +19,9 @@ class EvictionPolicy(Protocol):
     def evicted(self, expert_id: int) -> None:
         """The expert lost its slot."""
 
+    def requests_ended(self, share: float) -> None:
+        """This share of the running requests has ended, above 0; with 1 none is left."""
+
     def victims(self) -> Iterable[int]:
         """Resident experts, the one to evict first first."""
 
@@ -41,6 +44,9 @@ class LruPolicy:
     def evicted(self, expert_id: int) -> None:
         del self._order[expert_id]
 
+    def requests_ended(self, share: float) -> None:
+        pass
+
     def victims(self) -> Iterable[int]:
         return tuple(self._order)
 
@@ -60,8 +66,80 @@ class FifoPolicy:
     def evicted(self, expert_id: int) -> None:
         del self._order[expert_id]
 
+    def requests_ended(self, share: float) -> None:
+        pass
+
     def victims(self) -> Iterable[int]:
         return tuple(self._order)
+
+
+class InactiveLifoPolicy:
+    """Inactive experts first, of them the last loaded first: *expert buffering* (Huang et al., arXiv 2303.06182).
+
+    Active are the experts of the batch that asks for the slot; the pager never evicts those, which leaves their order
+    for here. Unlike in the paper, where nothing is copied ahead, what was loaded since the last pass leaves after all
+    others, or a prefetched expert would leave before its layer runs.
+    """
+
+    def __init__(self) -> None:
+        self._order: dict[int, None] = {}  # as loaded
+        self._fresh: set[int] = set()
+
+    def loaded(self, expert_id: int) -> None:
+        self._order[expert_id] = None
+        self._fresh.add(expert_id)
+
+    def used(self, expert_ids: Iterable[int]) -> None:
+        self._fresh.clear()
+
+    def evicted(self, expert_id: int) -> None:
+        del self._order[expert_id]
+        self._fresh.discard(expert_id)
+
+    def requests_ended(self, share: float) -> None:
+        pass
+
+    def victims(self) -> Iterable[int]:
+        newest_first = list(reversed(self._order))
+        return sorted(newest_first, key=lambda e: e in self._fresh)
+
+
+class ActivationPolicy:
+    """Least activated by the running requests first (MoE-Infinity, arXiv 2401.14361, on its expert cache).
+
+    The paper evicts the lowest (p + eps) (1 - layer / layers), p the expert's share of its layer's activations in the
+    matrix of the request. Its layers share one cache. Here each has slots of its own, so that the second factor, like
+    eps and the sum that makes counts shares, is the same for all who compete: the counts alone decide. What differs:
+
+    - A pass counts once, however many tokens chose the expert: in decoding one request the same, in a prompt less.
+    - Requests join and leave at any time. When one of n ends, every count loses the nth part, not what was that
+      request's own; with one at a time, the matrix begins anew with each request, as in the paper.
+    - Of equally active experts the first loaded leaves first; what was loaded since the last pass, after all others.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, float] = {}  # passes that used the expert
+        self._order: dict[int, None] = {}  # as loaded
+        self._fresh: set[int] = set()
+
+    def loaded(self, expert_id: int) -> None:
+        self._order[expert_id] = None
+        self._fresh.add(expert_id)
+
+    def used(self, expert_ids: Iterable[int]) -> None:
+        self._fresh.clear()
+        for expert_id in expert_ids:
+            self._counts[expert_id] = self._counts.get(expert_id, 0.0) + 1.0
+
+    def evicted(self, expert_id: int) -> None:
+        del self._order[expert_id]
+        self._fresh.discard(expert_id)
+
+    def requests_ended(self, share: float) -> None:
+        self._counts = {e: count * (1 - share) for e, count in self._counts.items()}
+
+    def victims(self) -> Iterable[int]:
+        return sorted(self._order, key=lambda e: (e in self._fresh, self._counts.get(e, 0.0)))
 
 
 class DecayedLfuPolicy:
@@ -96,6 +174,9 @@ class DecayedLfuPolicy:
         self._resident.discard(expert_id)
         self._fresh.discard(expert_id)
 
+    def requests_ended(self, share: float) -> None:
+        pass
+
     def victims(self) -> Iterable[int]:
         return sorted(self._resident, key=lambda e: (e in self._fresh, self._heat.get(e, 0.0), e))
 
@@ -108,4 +189,6 @@ EVICTION_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "lru": LruPolicy,
     "fifo": FifoPolicy,
     "lfu": DecayedLfuPolicy,
+    "inactive-lifo": InactiveLifoPolicy,
+    "activation": ActivationPolicy,
 }

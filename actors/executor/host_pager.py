@@ -90,6 +90,11 @@ class HostPager:
     def interrupted(self) -> Iterator[None]:
         yield
 
+    def requests_ended(self, share: float) -> None:
+        for state in self._layers:
+            with state.changed:
+                state.policy.requests_ended(share)
+
     def resident(self, layer: int) -> NDArray[np.bool_]:
         mask: NDArray[np.bool_] = self._slot_of[layer] != ABSENT
         return mask

@@ -61,6 +61,9 @@ class Pager(Protocol):
     def interrupted(self) -> AbstractContextManager[None]:
         """Within `host_pass`, between two layers: another pass may run in the body."""
 
+    def requests_ended(self, share: float) -> None:
+        """This share of the running requests has ended, above 0; with 1 none is left. Needs no `host_pass`."""
+
     def resident(self, layer: int) -> NDArray[np.bool_]:
         """[experts] bool: which experts of a layer could be read now."""
 

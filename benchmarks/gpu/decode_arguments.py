@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from actors.executor.eviction import EVICTION_POLICIES
+from actors.executor.gpu.page_state import EVICTION_ORDERS
 from actors.executor.gpu.pager import MAX_ROWS
 from actors.predictor.text import read_tokens
 from benchmarks.gpu.library_baselines import BASELINES
@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None, description: str | None) -> arg
     model.add_argument("--seed", type=int, default=0)
     cases = parser.add_argument_group("cases")
     cases.add_argument("--slots", nargs="+", default=["12.5%", "25%", "50%", "100%"])
-    cases.add_argument("--eviction", nargs="+", default=["lfu"], choices=list(EVICTION_POLICIES))
+    cases.add_argument("--eviction", nargs="+", default=["lfu"], choices=list(EVICTION_ORDERS))
     cases.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 32])
     cases.add_argument(
         "--routing",

@@ -68,7 +68,7 @@ def test_an_empty_environment_variable_is_not_given() -> None:
         ("expert_slots", 0, "a number of experts per layer (16)"),
         ("routing", "random", "exact or predicted"),
         ("prefetch", "maybe", "true or false"),
-        ("eviction", "mru", "lfu, lru or fifo"),
+        ("eviction", "mru", "lfu, lru or fifo; on cpu also inactive-lifo or activation"),
         ("hash_function", "", "auto or a folder"),
         ("table_ttl_s", "0", "1 to 86400"),
         ("max_batch_size", "1.5", "1 to 1024"),

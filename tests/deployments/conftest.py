@@ -14,7 +14,7 @@ from tests.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="session")
-def predicted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer and a (random) hash function, its experts large enough for shared memory."""
     folder = tmp_path_factory.mktemp("tiny")
     make_checkpoint("qwen3_moe", folder, vocab_size=VOCAB_SIZE, moe_intermediate_size=256)
@@ -24,7 +24,7 @@ def predicted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exact(serve_url: str, predicted_folder: Path) -> Iterator[httpx.Client]:
+def exact(serve_url: str, exact_folder: Path) -> Iterator[httpx.Client]:
     settings = {"model_name": "tiny", "expert_slots": 4}
-    with running(serve_url, EXACT_APP, predicted_folder, **settings) as client:
+    with running(serve_url, EXACT_APP, exact_folder, **settings) as client:
         yield client

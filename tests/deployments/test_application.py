@@ -1,47 +1,43 @@
 """The whole application over HTTP: every real component, tiny models, the library's own output as the measure."""
 
-import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from common.tokenizer import load_tokenizer
+from deployments.prompts import PromptReader
 from tests.actors.executor.harness import PROMPTS, library_greedy, library_model
-from tests.deployments.application import DEADLINE_S, NUM_TOKENS, complete, running, token_names, wait_until
+from tests.deployments.application import NUM_TOKENS, complete, running, token_names, wait_until
+from tests.deployments.fakes import VOCAB_SIZE
 from tests.tiny_models import NUM_EXPERTS, make_checkpoint
 
 pytestmark = pytest.mark.cluster
 
 
-def token_ids(answer: dict[str, Any]) -> list[int]:
-    """A model without a tokenizer names its tokens by their ids."""
-    return [int(name.removeprefix("token_id:")) for name in token_names(answer)]
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
-def test_serves_the_librarys_tokens_to_concurrent_clients(
-    family: str, serve_url: str, tmp_path: Path
-) -> None:
-    folder = make_checkpoint(family, tmp_path)
+@pytest.mark.parametrize("app", ["exact", "gpt_oss"])
+def test_serves_the_librarys_tokens_to_concurrent_clients(app: str, request: pytest.FixtureRequest) -> None:
+    client, folder = request.getfixturevalue(app), request.getfixturevalue(f"{app}_folder")
     reference = library_model(folder)
     expected = [library_greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS]
-    with running(serve_url, f"family-{family}", folder, model_name="tiny", expert_slots=2) as client:
-        answers: dict[int, list[int]] = {}
-        clients = [
-            threading.Thread(
-                target=lambda index=index: answers.update(
-                    {index: token_ids(complete(client, PROMPTS[index]))}
-                )
-            )
-            for index in range(len(PROMPTS))
-        ]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join(DEADLINE_S)
-    assert [answers[index] for index in range(len(PROMPTS))] == expected
+    with ThreadPoolExecutor(len(PROMPTS)) as clients:
+        answers = list(clients.map(lambda prompt: complete(client, prompt), PROMPTS))
+    name = PromptReader(load_tokenizer(folder), VOCAB_SIZE, context_limit=100).token_text
+    assert [token_names(answer) for answer in answers] == [list(map(name, tokens)) for tokens in expected]
+
+
+@pytest.fixture(scope="module")
+def gpt_oss_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("gpt_oss", tmp_path_factory.mktemp("gpt_oss"))
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(serve_url: str, gpt_oss_folder: Path) -> Iterator[httpx.Client]:
+    with running(serve_url, "gpt_oss", gpt_oss_folder, model_name="tiny", expert_slots=2) as client:
+        yield client
 
 
 def test_prediction_reaches_the_executor_through_redis(exact: httpx.Client) -> None:
@@ -78,10 +74,10 @@ def test_what_happens_can_be_watched(exact: httpx.Client) -> None:
 
 
 def test_predicted_routing_serves_other_tokens_than_the_routers(
-    serve_url: str, exact: httpx.Client, predicted_folder: Path
+    serve_url: str, exact: httpx.Client, exact_folder: Path
 ) -> None:
     settings = {"model_name": "tiny", "routing": "predicted"}
-    with running(serve_url, "lossy", predicted_folder, **settings) as client:
+    with running(serve_url, "lossy", exact_folder, **settings) as client:
         predicted = complete(client, PROMPTS[0])
     assert predicted["choices"][0]["text"] != complete(exact, PROMPTS[0])["choices"][0]["text"]
     assert predicted["usage"]["experts"]["predicted"] == predicted["usage"]["experts"]["needed"]

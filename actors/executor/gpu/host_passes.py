@@ -101,6 +101,9 @@ class HostPasses:
         finally:
             self._take_over()
 
+    def requests_ended(self, share: float) -> None:
+        pass  # no order in EVICTION_ORDERS looks at requests
+
     def follow_experts(self) -> None:
         """Between passes: read the experts where they are now, if the store was restarted."""
         addresses = self._experts.take_replacement()

@@ -157,6 +157,18 @@ def test_cancel_frees_the_row_at_once(start: StartEngine) -> None:
     assert harness.engine.report().num_running == 0
 
 
+def test_the_pager_learns_which_share_of_the_requests_ended(
+    start: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness, shares = start(), []
+    monkeypatch.setattr(harness.slot_model.pager, "requests_ended", shares.append)
+    long = harness.submit(PROMPTS[0], "long", max_tokens=100)
+    long.next()  # it runs
+    harness.submit(PROMPTS[1], "short", max_tokens=2).result()
+    long.result()
+    assert shares == [0.5, 1.0]
+
+
 def test_cancelled_while_waiting_never_runs(start: StartEngine, folder: Path) -> None:
     source = GatedSource(folder)
     limits = EngineLimits(max_batch_size=1, prefill_chunk_tokens=8, max_queued_requests=4)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.gpu.host_experts import HostExperts
+from actors.executor.gpu.page_state import EVICTION_ORDERS
 from actors.executor.gpu.pager import DevicePager
 from actors.executor.host_pager import HostPager
 from actors.executor.pager import ABSENT, Pager
@@ -75,6 +76,9 @@ def make_device_pager(
 
 MakePager = Callable[..., HostPager | DevicePager]
 KINDS: dict[str, MakePager] = {"host": make_host_pager, "device": make_device_pager}
+EVICTIONS = [("host", eviction) for eviction in EVICTION_POLICIES] + [
+    ("device", eviction) for eviction in EVICTION_ORDERS
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -252,13 +256,13 @@ steps = st.lists(
 @given(
     steps=steps,
     num_slots=st.integers(3, NUM_EXPERTS),
-    eviction=st.sampled_from(sorted(EVICTION_POLICIES)),
-    kind=st.sampled_from(sorted(KINDS)),
+    kind_and_eviction=st.sampled_from(EVICTIONS),
 )
 @settings(deadline=None)
 def test_any_order_of_steps_and_prefetches_reads_the_right_experts(
-    steps: list[tuple[int, list[int], bool]], num_slots: int, eviction: str, kind: str
+    steps: list[tuple[int, list[int], bool]], num_slots: int, kind_and_eviction: tuple[str, str]
 ) -> None:
+    kind, eviction = kind_and_eviction
     pager = KINDS[kind](num_slots, eviction)
     for layer, expert_ids, is_prefetch in steps:
         if is_prefetch:
