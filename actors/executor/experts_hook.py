@@ -48,8 +48,9 @@ class SlotExperts:
         ids = topk_ids.cpu()  # [tokens, top_k]; the one host synchronisation of the layer
         resident = self._pager.resident(self._layer)
         needed = np.bincount(ids.numpy().reshape(-1)).nonzero()[0]  # `unique` takes 5 times as long
-        running.record(ids.numpy(), resident, self._pager.loading(self._layer))
-        if not resident[needed].all() and isinstance(self._pager, HostPager) and hidden.device.type == "cpu":
+        some_miss = not resident[needed].all()
+        running.record(ids.numpy(), resident, self._pager.loading(self._layer) if some_miss else resident)
+        if some_miss and isinstance(self._pager, HostPager) and hidden.device.type == "cpu":
             output = self._one_by_one(self._pager, hidden, ids, topk_weights, needed)
         elif len(needed) <= self._pager.num_slots:
             output = self._single_wave(experts, hidden, ids, topk_weights, needed)

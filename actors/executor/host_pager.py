@@ -125,6 +125,11 @@ class HostPager:
     @contextmanager
     def reading(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Tensor]:
         assert len(expert_ids) <= self.num_slots
+        if self.num_slots == self.num_experts and (self._slot_of[layer, expert_ids] != ABSENT).all():
+            with self._layers[layer].changed:
+                self._count(self._layers[layer], expert_ids, missing=())
+            yield self.page_table[layer]  # where every expert has a slot, none leaves
+            return
         with self.streaming(layer, expert_ids) as slots:
             for _ in slots:
                 pass

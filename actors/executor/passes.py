@@ -65,13 +65,14 @@ class Pass:
 
         Args:
             ids: [tokens, top_k] chosen experts, sequence by sequence.
-            resident, loading: [experts].
+            resident, loading: [experts]; one and the same where nothing is missed.
         """
         needed = np.zeros((self.num_sequences, len(resident)), np.bool_)
         needed[np.arange(self.num_sequences)[:, None], ids.reshape(self.num_sequences, -1)] = True
         self.needed += needed.sum(axis=1)
-        self.missed += (needed & ~resident).sum(axis=1)
-        self.fetched += (needed & ~(resident | loading)).sum(axis=1)
+        if loading is not resident:
+            self.missed += (needed & ~resident).sum(axis=1)
+            self.fetched += (needed & ~(resident | loading)).sum(axis=1)
         if self.choices is not None:
             self.choices.append(ids)
 

@@ -12,13 +12,14 @@ of its own; they run one after the other, token by token from their first, batch
 - *moved*: copies per token, on demand and ahead: what the link pays.
 - The first half of the requests warms the slots up; it is all that `frequency` has seen, and the first that
   `activation-trace` learns from. Only the second half is counted, during which `activation-trace` learns on.
-- *belady* knows the future and fetches on demand: no policy misses less on demand (from top-k slots on), and no
-  predictor lets less be moved. Prefetching can miss less.
+- *belady* knows the future and fetches on demand. Over all requests, from top-k slots on, no policy misses less on
+  demand, and with no predictor less is moved. Prefetching can miss less.
 
 With `--model`, the engine then generates from the first tokens of some requests, and its hit rates stand beside those of a
 simulation of the same tokens. Not measured: time, batches of several requests, prompts read at once (but by the engine).
 
-    python -m actors.predictor.trace model=models/reference text=models/reference/heldout.txt out=trace window_tokens=256
+    python -m actors.predictor.trace model=models/reference text=models/reference/heldout.txt out=trace \\
+        window_tokens=128
     python -m benchmarks.cache_policies --trace trace [--model models/reference] [--out results.json] [--plot plot.png]
 """
 

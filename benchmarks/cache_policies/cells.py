@@ -1,7 +1,8 @@
 """One cell of the table is one policy with one predictor at one number of slots; all run the same requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from actors.predictor.decoding import (
     OraclePredictor,
     count_activations,
 )
-from actors.predictor.traces import TraceBatch, TraceFiles
+from actors.predictor.traces import TraceFiles
 from benchmarks.cache_policies.simulation import Ids, belady, simulate, split
 from common.errors import CheckpointError
 
@@ -45,17 +46,13 @@ class Workload:
         Raises:
             CheckpointError: the trace has fewer whole windows than 2.
         """
-        header, requests, token_ids = trace.header, [], []
-        for batch in trace.batches(64, None):
-            for window in range(batch.num_windows):
-                if bool(batch.mask[window].all()):  # the last one may be short
-                    requests.append(_choices(batch, window, header.top_k))
-                    token_ids.append(batch.token_ids[window].tolist())
-        if len(requests) < 2:
-            raise CheckpointError("the trace", f"{len(requests)} whole windows; a simulation needs 2 or more")
-        step = max(1, len(requests) // num_requests)
-        chosen = slice(0, step * num_requests, step)
-        return cls(header.model_fingerprint, header.num_experts, requests[chosen], token_ids[chosen])
+        num_whole = sum(1 for _ in _whole_windows(trace))
+        if num_whole < 2:
+            raise CheckpointError("the trace", f"{num_whole} whole windows; a simulation needs 2 or more")
+        step = max(1, num_whole // num_requests)
+        chosen = list(islice(_whole_windows(trace), 0, step * num_requests, step))
+        requests, token_ids = [ids for ids, _ in chosen], [tokens for _, tokens in chosen]
+        return cls(trace.header.model_fingerprint, trace.header.num_experts, requests, token_ids)
 
     @property
     def num_layers(self) -> int:
@@ -86,9 +83,12 @@ class Workload:
         }
 
 
-def _choices(batch: TraceBatch, window: int, top_k: int) -> Ids:
-    ids: Ids = batch.expert_ids[window, ..., :top_k].numpy()
-    return ids
+def _whole_windows(trace: TraceFiles) -> Iterator[tuple[Ids, list[int]]]:
+    """Expert ids and token ids of each window without padding; the last one of a text may be short."""
+    for batch in trace.batches(64, None):
+        for window in batch.mask.all(dim=1).nonzero().squeeze(1).tolist():
+            ids = batch.expert_ids[window, ..., : trace.header.top_k]
+            yield ids.numpy().copy(), batch.token_ids[window].tolist()  # not a view of the whole batch
 
 
 def _frequency(workload: Workload) -> DecodingPredictor:

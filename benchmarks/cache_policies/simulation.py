@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.executor.eviction import EvictionPolicy
 from actors.executor.host_pager import HostPager
+from actors.executor.pager import ABSENT
 from actors.executor.slots import SlotPool
 from actors.predictor.decoding import DecodingPredictor, by_proximity
 from common.expert_layout import ExpertLayout
@@ -164,16 +165,13 @@ def _prefetch(pager: HostPager, first_layer: int, priority: npt.NDArray[np.float
 
     Of a layer's experts no more are wanted than there are slots, and none of them makes room for one that is not wanted more.
     """
-    ranked = (-priority).argsort(axis=1, kind="stable")[:, : pager.num_slots]  # [coming layers, slots]
-    wanted = np.zeros_like(priority)
-    np.put_along_axis(wanted, ranked, np.take_along_axis(priority, ranked, axis=1), axis=1)
-    for row in range(len(priority)):
-        wanted[row, pager.resident(first_layer + row)] = 0
+    threshold = np.partition(priority, -pager.num_slots, axis=1)[:, -pager.num_slots, None]
+    absent = pager.page_table[first_layer:].numpy() == ABSENT
+    wanted = np.where(absent & (priority >= threshold), priority, 0)  # [coming layers, experts]
     for index in (-wanted).argsort(axis=None, kind="stable")[:copies].tolist():
         row, expert_id = divmod(index, wanted.shape[1])
         if wanted[row, expert_id] > 0:
-            others = priority[row, ranked[row]]
-            keep = ranked[row, others >= priority[row, expert_id]].tolist()
+            keep = (priority[row] >= priority[row, expert_id]).nonzero()[0].tolist()
             pager.prefetch(first_layer + row, expert_id, keep)
 
 
