@@ -1,9 +1,9 @@
 """How many tokens per second does the engine generate with few slots, beside the library with every expert in place?
 
 Decode and prefill of the engine on one device at several numbers of slots, against the library's `generate()` on the
-same prompts in the same run, all greedy, with outputs compared token for token. Prompts are slices of held-out text,
-so routing is the model's own. Beside each time stands what the missed experts alone would take: bytes moved over the
-rate of a plain copy into a slot. Not measured: HTTP, Ray, the hash function (experts are paged on demand).
+same prompts, turn by turn in one process, all greedy, with outputs compared token for token. Prompts are slices of
+held-out text, so routing is the model's own. The bytes moved stand beside, and the rate of a plain copy into a slot. Not
+measured: HTTP, Ray, the hash function (experts are paged on demand).
 
     python -m benchmarks.engine [--model models/reference] [--slots 25% 50% 100%] [--batch 1 8] [--out results.json]
 """
@@ -13,9 +13,11 @@ import json
 import queue
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -59,32 +61,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     checkpoint = Checkpoint.open(arguments.model)
     prompts = read_prompts(arguments, max(arguments.batch))
-    results: list[dict[str, Any]] = []
-    expected = {}
-    library = load_library_model(arguments)
-    for batch in arguments.batch:
-        # OpenMP keeps threads for every thread that asked for some; more of them than processors slow the engine's down.
-        with ThreadPoolExecutor(1) as thread:
-            measured = thread.submit(measure_library, library, prompts[:batch], arguments)
-        expected[batch], row = measured.result()
-        results.append(report({"what": "library generate()", "slots": "all", "batch": batch, **row}))
-    del library
     source = CheckpointExpertSource(checkpoint)
-    for slots in arguments.slots:
-        config = ServingConfig.from_args(
-            {
-                "model": str(arguments.model), "expert_slots": slots, "device": arguments.device,
-                "dtype": arguments.dtype, "max_batch_size": max(arguments.batch), "max_queued_requests": 64,
-                "max_context_tokens": arguments.prompt_tokens + arguments.new_tokens,
-            },
-            {},
-        )  # fmt: skip
-        engine = build_engine(config, source)
-        engine.start()
-        for batch in arguments.batch:
-            row = measure_engine(engine, prompts[:batch], expected[batch], arguments)
-            results.append(report({"what": "engine", "slots": slots, "batch": batch, **row}))
-        engine.stop()
+    subjects: list[Subject] = [LibrarySubject(arguments)]
+    subjects += [EngineSubject(arguments, source, slots) for slots in arguments.slots]
+    results = [
+        report(row)
+        for batch in arguments.batch
+        for row in measure(subjects, prompts[:batch], arguments.new_tokens, arguments.runs)
+    ]
+    for subject in subjects:
+        subject.close()
     summary = {
         "benchmark": "engine",
         "conditions": conditions(**vars(arguments)),
@@ -94,6 +80,38 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
+
+
+def measure(
+    subjects: Sequence["Subject"], prompts: Prompts, new_tokens: int, num_rounds: int
+) -> list[dict[str, Any]]:
+    """Rounds in which every subject takes its turn, so that what else the machine does hits all alike.
+
+    Returns:
+        A row for each subject. `of_library` and `of_last` are medians over the rounds of its speed at decoding over that
+        of the first and the last subject in the same round.
+    """
+    for subject in subjects:
+        subject.run(prompts, 4)
+        subject.begin()
+    rounds = [[subject.run(prompts, new_tokens) for subject in subjects] for _ in range(num_rounds)]
+    rows = []
+    for subject, runs in zip(subjects, zip(*rounds, strict=True), strict=True):
+        step_ms = sorted(1e3 * run.decode_s / (new_tokens - 1) for run in runs)
+        row = {
+            **subject.labels,
+            "batch": len(prompts),
+            "tokens_per_s": round(len(prompts) * 1e3 / statistics.median(step_ms), 1),
+            "step_ms": round(statistics.median(step_ms), 2),
+            "step_ms_min_max": [round(step_ms[0], 2), round(step_ms[-1], 2)],
+            "prefill_ms": round(1e3 * statistics.median(run.prefill_s for run in runs), 1),
+        }
+        for name, other in (("of_library", 0), ("of_last", -1)):
+            ratios = [each[other].decode_s / run.decode_s for each, run in zip(rounds, runs, strict=True)]
+            row[name] = round(statistics.median(ratios), 3)
+        identical = all(run.tokens == each[0].tokens for each, run in zip(rounds, runs, strict=True))
+        rows.append({**row, "identical_to_library": identical, **subject.counts(num_rounds)})
+    return rows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -123,62 +141,106 @@ def read_prompts(arguments: argparse.Namespace, count: int) -> Prompts:
     return [ids[start : start + arguments.prompt_tokens] for start in range(0, step * count, step)]
 
 
-def load_library_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    dtype = torch.float32 if arguments.device == "cpu" and arguments.dtype == "auto" else arguments.dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=dtype, experts_implementation="grouped_mm"
-    )
-    return model.to(arguments.device).eval()
+@dataclass(frozen=True)
+class Run:
+    tokens: Prompts  # generated
+    prefill_s: float
+    decode_s: float  # from the first token to the last
 
 
-def measure_library(
-    model: PreTrainedModel, prompts: Prompts, arguments: argparse.Namespace
-) -> tuple[Prompts, dict[str, Any]]:
-    inputs = torch.tensor(prompts, device=model.device)
+class Subject(Protocol):
+    """What is measured."""
 
-    def generate(new_tokens: int) -> tuple[Prompts, float]:
+    labels: dict[str, Any]
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Run: ...
+
+    def begin(self) -> None:
+        """What is counted begins here."""
+
+    def counts(self, num_runs: int) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class LibrarySubject:
+    """`generate()` with every expert in place, on a thread of its own, as the engine has one."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.labels = {"what": "library generate()", "slots": "all"}
+        dtype = torch.float32 if arguments.device == "cpu" and arguments.dtype == "auto" else arguments.dtype
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=dtype, experts_implementation="grouped_mm"
+        )
+        self._model: PreTrainedModel = model.to(arguments.device).eval()
+        self._thread = ThreadPoolExecutor(1)
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Run:
+        first_s, _ = self._generate(prompts, 1)
+        seconds, tokens = self._generate(prompts, new_tokens)
+        return Run(tokens, first_s, seconds - first_s)
+
+    def _generate(self, prompts: Prompts, new_tokens: int) -> tuple[float, Prompts]:
+        inputs = torch.tensor(prompts, device=self._model.device)
         started = time.perf_counter()
-        output = model.generate(
+        output = self._thread.submit(
+            self._model.generate,
             inputs, attention_mask=torch.ones_like(inputs), do_sample=False, pad_token_id=0,
             max_new_tokens=new_tokens, min_new_tokens=new_tokens, eos_token_id=None,
+        ).result()  # fmt: skip
+        tokens: Prompts = output[:, inputs.shape[1] :].tolist()
+        return time.perf_counter() - started, tokens
+
+    def begin(self) -> None:
+        pass
+
+    def counts(self, num_runs: int) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+class EngineSubject:
+    def __init__(self, arguments: argparse.Namespace, source: CheckpointExpertSource, slots: str) -> None:
+        self.labels = {"what": "engine", "slots": slots}
+        config = ServingConfig.from_args(
+            {
+                "model": str(arguments.model), "expert_slots": slots, "device": arguments.device,
+                "dtype": arguments.dtype, "max_batch_size": max(arguments.batch), "max_queued_requests": 64,
+                "max_context_tokens": arguments.prompt_tokens + arguments.new_tokens,
+            },
+            {},
         )  # fmt: skip
-        tokens = output[:, inputs.shape[1] :].tolist()
-        return tokens, time.perf_counter() - started
+        self._engine = build_engine(config, source)
+        self._engine.start()
+        self.begin()
 
-    generate(4)
-    first = statistics.median(generate(1)[1] for _ in range(arguments.runs))
-    runs = [generate(arguments.new_tokens) for _ in range(arguments.runs)]
-    decode = [seconds - first for _, seconds in runs]
-    return runs[0][0], rates(decode, [first], len(prompts), arguments)
-
-
-def measure_engine(
-    engine: Engine, prompts: Prompts, expected: Prompts, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    prefill, decode, identical = [], [], True
-    generate(engine, prompts, 4)
-    before = engine.report()
-    for _ in range(arguments.runs):
+    def run(self, prompts: Prompts, new_tokens: int) -> Run:
         started = time.perf_counter()
-        collectors = generate(engine, prompts, arguments.new_tokens)
+        collectors = generate(self._engine, prompts, new_tokens)
         first = max(collector.times[0] for collector in collectors)
-        prefill.append(first - started)
-        decode.append(max(collector.times[-1] for collector in collectors) - first)
-        identical &= [collector.token_ids for collector in collectors] == expected
-    after = engine.report()
-    needed, missed, moved_bytes = (
-        sum(getattr(layer, name) for layer in after.layers)
-        - sum(getattr(layer, name) for layer in before.layers)
-        for name in ("hits", "misses", "moved_bytes")
-    )
-    needed += missed
-    return {
-        **rates(decode, prefill, len(prompts), arguments),
-        "identical_to_library": identical,
-        "slots_per_layer": after.slots_per_layer,
-        "hit_rate": round(1 - missed / needed, 4),
-        "moved_mb_per_run": round(moved_bytes / 1e6 / arguments.runs, 1),
-    }
+        last = max(collector.times[-1] for collector in collectors)
+        return Run([collector.token_ids for collector in collectors], first - started, last - first)
+
+    def begin(self) -> None:
+        self._before = self._engine.report()
+
+    def counts(self, num_runs: int) -> dict[str, Any]:
+        after = self._engine.report()
+        hits, misses, moved_bytes = (
+            sum(getattr(layer, name) for layer in after.layers)
+            - sum(getattr(layer, name) for layer in self._before.layers)
+            for name in ("hits", "misses", "moved_bytes")
+        )
+        return {
+            "slots_per_layer": after.slots_per_layer,
+            "hit_rate": round(hits / (hits + misses), 4),
+            "moved_mb_per_run": round(moved_bytes / 1e6 / num_runs, 1),
+        }
+
+    def close(self) -> None:
+        self._engine.stop()
 
 
 def generate(engine: Engine, prompts: Prompts, new_tokens: int) -> list[Collector]:
@@ -190,19 +252,6 @@ def generate(engine: Engine, prompts: Prompts, new_tokens: int) -> list[Collecto
     for collector in collectors:
         collector.wait()
     return collectors
-
-
-def rates(
-    decode_s: list[float], prefill_s: list[float], batch: int, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    steps = arguments.new_tokens - 1
-    step_ms = sorted(1e3 * seconds / steps for seconds in decode_s)
-    return {
-        "tokens_per_s": round(batch * 1e3 / statistics.median(step_ms), 1),
-        "step_ms": round(statistics.median(step_ms), 2),
-        "step_ms_min_max": [round(step_ms[0], 2), round(step_ms[-1], 2)],
-        "prefill_ms": round(1e3 * statistics.median(prefill_s), 1),
-    }
 
 
 def report(row: dict[str, Any]) -> dict[str, Any]:

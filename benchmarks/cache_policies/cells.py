@@ -18,7 +18,7 @@ from actors.predictor.decoding import (
 )
 from actors.predictor.traces import TraceFiles
 from benchmarks.cache_policies.simulation import Ids, belady, simulate, split
-from common.errors import CheckpointError
+from common.errors import ConfigError
 
 BELADY = "belady"
 
@@ -44,11 +44,12 @@ class Workload:
     def load(cls, trace: TraceFiles, num_requests: int) -> "Workload":
         """
         Raises:
-            CheckpointError: the trace has fewer whole windows than 2.
+            ConfigError: the trace has fewer than 2 windows without padding.
         """
         num_whole = sum(1 for _ in _whole_windows(trace))
         if num_whole < 2:
-            raise CheckpointError("the trace", f"{num_whole} whole windows; a simulation needs 2 or more")
+            allowed = "2 whole windows or more; trace a longer text, or with smaller window_tokens"
+            raise ConfigError("trace", f"{num_whole} whole windows", allowed)
         step = max(1, num_whole // num_requests)
         chosen = list(islice(_whole_windows(trace), 0, step * num_requests, step))
         requests, token_ids = [ids for ids, _ in chosen], [tokens for _, tokens in chosen]

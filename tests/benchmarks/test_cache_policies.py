@@ -20,7 +20,7 @@ from benchmarks.cache_policies.simulation import Counts, Ids, belady, simulate, 
 from benchmarks.gpu.cache_simulation import last_use, next_use
 from benchmarks.gpu.cache_simulation import simulate as simulate_by_score
 from common.checkpoint import Checkpoint
-from common.errors import CheckpointError
+from common.errors import CheckpointError, ConfigError
 from tests.tiny_models import NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint
 
 LAYERS, TOKENS = 2, 60
@@ -159,7 +159,7 @@ def test_requests_are_whole_windows_evenly_spaced(tmp_path: Path) -> None:
 
 
 def test_a_trace_of_one_window_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="1 whole windows"):
+    with pytest.raises(ConfigError, match="1 whole windows' is not possible: 2 whole windows or more"):
         Workload.load(TraceFiles(write_trace(tmp_path, num_windows=2)), num_requests=2)
 
 
