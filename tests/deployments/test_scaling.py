@@ -119,8 +119,8 @@ def test_load_adds_an_executor_and_its_end_takes_it_away_without_cutting_streams
     assert used_before >= before["total_bytes"]
     with ThreadPoolExecutor(16) as clients:
         load = _load_two(client, clients)
-        # The shorter queue takes the next request: some go to each, and all together are load for one executor.
-        streams = [clients.submit(complete, client, stream_tokens) for _ in range(TARGET)]
+        # All together are load for one executor.
+        streams = [clients.submit(complete, client, stream_tokens) for _ in range(TARGET - 1)]
         after = report(client)
         assert len({executor["store_generation"] for executor in after["executors"]}) == 1
         assert after["store"] == before
@@ -133,6 +133,8 @@ def test_load_adds_an_executor_and_its_end_takes_it_away_without_cutting_streams
         )
         for request in load:
             request.result(DEADLINE_S)
+        # The shorter queue takes the next request, so that each executor has a stream.
+        streams.append(clients.submit(complete, client, stream_tokens))
         seconds = wait_until(lambda: replicas().get("STOPPING") == 1)
         (stays,) = report(client)["executors"]
         assert not any(stream.done() for stream in streams)
