@@ -41,23 +41,35 @@ def _silu(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def gate_up_kernel(  # type: ignore[no-untyped-def]
+def activate(gate, up, dtype: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """silu(gate) * up, or relu(up) without a gate, rounded as the library's modules round."""
+    up = up.to(dtype).to(tl.float32)
+    if GATED:
+        product = _silu(gate.to(dtype).to(tl.float32)).to(dtype).to(tl.float32) * up
+    else:
+        product = tl.where(up > 0, up, tl.where(up == up, 0.0, up))  # NaN stays NaN
+    return product.to(dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def up_kernel(  # type: ignore[no-untyped-def]
     hidden_ptr,  # [rows, HIDDEN]
     ids_ptr, num_active_ptr,  # [rows, TOP_K] integers; int32
     slots_ptr, experts_ptr, num_ptr,  # int32: the experts of this wave
-    gate_up_ptr,  # [slots, 2 * INTERMEDIATE, HIDDEN], SLOT_STRIDE elements apart
+    up_ptr,  # [slots, INTERMEDIATE, HIDDEN], or with a gate [slots, 2 * INTERMEDIATE, HIDDEN]; SLOT_STRIDE elements apart
     output_ptr,  # [rows * TOP_K, INTERMEDIATE]
+    GATED: tl.constexpr,
     SLOT_STRIDE: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr,
     PAIRS_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """silu(x @ gate.T) * (x @ up.T) for every pair of the wave's experts."""
+    """silu(x @ gate.T) * (x @ up.T), or relu(x @ up.T), for every pair of the wave's experts."""
     group = tl.program_id(1)
     if group >= tl.load(num_ptr):
         return
     dtype = hidden_ptr.dtype.element_ty
     expert = tl.load(experts_ptr + group)
-    gate_ptr = gate_up_ptr + tl.load(slots_ptr + group).to(tl.int64) * SLOT_STRIDE
-    up_ptr = gate_ptr + INTERMEDIATE * HIDDEN
+    gate_ptr = up_ptr + tl.load(slots_ptr + group).to(tl.int64) * SLOT_STRIDE
+    weight_ptr = gate_ptr + (INTERMEDIATE * HIDDEN if GATED else 0)
     num_pairs = tl.load(num_active_ptr) * TOP_K
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = 0
@@ -72,21 +84,21 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(
                 hidden_ptr + (pairs // TOP_K)[:, None] * HIDDEN + inner[None, :], mask=x_mask, other=0.0
             )
-            w_gate = _load_tile(gate_ptr, columns, inner, INTERMEDIATE, HIDDEN, HIDDEN, BLOCK_K)
-            w_up = _load_tile(up_ptr, columns, inner, INTERMEDIATE, HIDDEN, HIDDEN, BLOCK_K)
-            gate = tl.dot(x, w_gate.T, gate, input_precision="ieee")
+            w_up = _load_tile(weight_ptr, columns, inner, INTERMEDIATE, HIDDEN, HIDDEN, BLOCK_K)
+            if GATED:
+                w_gate = _load_tile(gate_ptr, columns, inner, INTERMEDIATE, HIDDEN, HIDDEN, BLOCK_K)
+                gate = tl.dot(x, w_gate.T, gate, input_precision="ieee")
             up = tl.dot(x, w_up.T, up, input_precision="ieee")
-        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-        product = _silu(gate).to(dtype).to(tl.float32) * up
         mask = is_pair[:, None] & (columns < INTERMEDIATE)[None, :]
-        tl.store(output_ptr + pairs[:, None] * INTERMEDIATE + columns[None, :], product.to(dtype), mask=mask)
+        target = output_ptr + pairs[:, None] * INTERMEDIATE + columns[None, :]
+        tl.store(target, activate(gate, up, dtype, GATED), mask=mask)
         first += _PAIRS_PER_TILE
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def down_kernel(  # type: ignore[no-untyped-def]
     input_ptr,  # [rows * TOP_K, INTERMEDIATE]
-    ids_ptr, num_active_ptr, slots_ptr, experts_ptr, num_ptr,  # as in `gate_up_kernel`
+    ids_ptr, num_active_ptr, slots_ptr, experts_ptr, num_ptr,  # as in `up_kernel`
     down_ptr,  # [slots, HIDDEN, INTERMEDIATE], SLOT_STRIDE elements apart
     output_ptr,  # [rows * TOP_K, HIDDEN]
     SLOT_STRIDE: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr,

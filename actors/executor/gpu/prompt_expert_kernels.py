@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.executor.gpu.expert_kernels import _silu
+from actors.executor.gpu.expert_kernels import activate
 
 _PAIRS_AT_ONCE = 1024  # of the loops over all pairs
 _BLOCK_M = 64  # pairs of a tile
@@ -64,16 +64,17 @@ def _tile_of_pairs(starts_ptr, order_ptr, expert, tile, BLOCK_M: tl.constexpr): 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gate_up_kernel(  # type: ignore[no-untyped-def]
+def _up_kernel(  # type: ignore[no-untyped-def]
     hidden_ptr,  # [tokens, HIDDEN]
     order_ptr, starts_ptr,  # as `sort_pairs` returns them
     slots_ptr, experts_ptr, num_ptr,  # int32: the experts of this wave
-    gate_up_ptr,  # [slots, 2 * INTERMEDIATE, HIDDEN], SLOT_STRIDE elements apart
+    up_ptr,  # [slots, INTERMEDIATE, HIDDEN], or with a gate [slots, 2 * INTERMEDIATE, HIDDEN]; SLOT_STRIDE elements apart
     output_ptr,  # [pairs, INTERMEDIATE]
+    GATED: tl.constexpr,
     SLOT_STRIDE: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """silu(x @ gate.T) * (x @ up.T) for one tile of pairs of one of the wave's experts."""
+    """silu(x @ gate.T) * (x @ up.T), or relu(x @ up.T), for one tile of pairs of one of the wave's experts."""
     group = tl.program_id(1)
     if group >= tl.load(num_ptr):
         return
@@ -82,8 +83,8 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     if left <= 0:
         return
     dtype = hidden_ptr.dtype.element_ty
-    gate_ptr = gate_up_ptr + tl.load(slots_ptr + group).to(tl.int64) * SLOT_STRIDE
-    up_ptr = gate_ptr + INTERMEDIATE * HIDDEN
+    gate_ptr = up_ptr + tl.load(slots_ptr + group).to(tl.int64) * SLOT_STRIDE
+    weight_ptr = gate_ptr + (INTERMEDIATE * HIDDEN if GATED else 0)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = (columns < INTERMEDIATE)[:, None]
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -94,20 +95,20 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         x_ptrs = hidden_ptr + (pairs // TOP_K)[:, None] * HIDDEN + inner[None, :]
         x = tl.load(x_ptrs, mask=is_pair[:, None] & inside, other=0.0)
         offsets = columns[:, None] * HIDDEN + inner[None, :]
-        w_gate = tl.load(gate_ptr + offsets, mask=is_column & inside, other=0.0)
-        w_up = tl.load(up_ptr + offsets, mask=is_column & inside, other=0.0)
-        gate = tl.dot(x, w_gate.T, gate, input_precision="ieee")
+        w_up = tl.load(weight_ptr + offsets, mask=is_column & inside, other=0.0)
+        if GATED:
+            w_gate = tl.load(gate_ptr + offsets, mask=is_column & inside, other=0.0)
+            gate = tl.dot(x, w_gate.T, gate, input_precision="ieee")
         up = tl.dot(x, w_up.T, up, input_precision="ieee")
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-    product = _silu(gate).to(dtype).to(tl.float32) * up
     target = output_ptr + pairs[:, None].to(tl.int64) * INTERMEDIATE + columns[None, :]
-    tl.store(target, product.to(dtype), mask=is_pair[:, None] & (columns < INTERMEDIATE)[None, :])
+    mask = is_pair[:, None] & (columns < INTERMEDIATE)[None, :]
+    tl.store(target, activate(gate, up, dtype, GATED), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _down_kernel(  # type: ignore[no-untyped-def]
     input_ptr,  # [pairs, INTERMEDIATE]
-    order_ptr, starts_ptr, slots_ptr, experts_ptr, num_ptr,  # as in `_gate_up_kernel`
+    order_ptr, starts_ptr, slots_ptr, experts_ptr, num_ptr,  # as in `_up_kernel`
     down_ptr,  # [slots, HIDDEN, INTERMEDIATE], SLOT_STRIDE elements apart
     output_ptr,  # [pairs, HIDDEN]
     SLOT_STRIDE: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
@@ -145,7 +146,7 @@ def compute_pairs(
     starts: Tensor,
     wave: tuple[Tensor, Tensor, Tensor],
     max_experts: int,
-    gate_up: Tensor,
+    up: Tensor,
     down: Tensor,
     activated: Tensor,
     outputs: Tensor,
@@ -155,7 +156,8 @@ def compute_pairs(
     Args:
         hidden: [tokens, hidden]. order, starts: of `sort_pairs`.
         wave: slots, experts [max_experts] and their number [1], int32 on the device.
-        gate_up: [slots, 2 * intermediate, hidden]. down: [slots, hidden, intermediate]; contiguous but for the slots.
+        up: [slots, intermediate, hidden] of experts with ReLU, or [slots, 2 * intermediate, hidden], gate and up, of those
+            with a SiLU gate. down: [slots, hidden, intermediate]. Both contiguous but for the slots.
         activated: [pairs, intermediate], scratch. outputs: [pairs, hidden].
     """
     hidden_size, intermediate = outputs.shape[1], activated.shape[1]
@@ -163,9 +165,9 @@ def compute_pairs(
     tiles = triton.cdiv(num_tokens, _BLOCK_M)  # of an expert: a token chooses it once
     wide = hidden.itemsize == 2
     tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": 64, "BLOCK_K": 64 if wide else 32, "num_warps": 4}
-    _gate_up_kernel[(triton.cdiv(intermediate, 64), max_experts, tiles)](
-        hidden, order, starts, *wave, gate_up, activated,
-        SLOT_STRIDE=gate_up.stride(0), HIDDEN=hidden_size, INTERMEDIATE=intermediate,
+    _up_kernel[(triton.cdiv(intermediate, 64), max_experts, tiles)](
+        hidden, order, starts, *wave, up, activated,
+        GATED=up.shape[1] == 2 * intermediate, SLOT_STRIDE=up.stride(0), HIDDEN=hidden_size, INTERMEDIATE=intermediate,
         TOP_K=len(order) // num_tokens, num_stages=3, **tile,
     )  # fmt: skip
     _down_kernel[(triton.cdiv(hidden_size, 64), max_experts, tiles)](

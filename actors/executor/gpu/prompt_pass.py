@@ -13,6 +13,7 @@ from actors.executor.gpu.pager import PAIRS_AT_ONCE, DevicePager, Wave
 from actors.executor.gpu.paging_kernels import count_kernel
 from actors.executor.gpu.prompt_expert_kernels import compute_pairs, sort_pairs
 from actors.executor.gpu.prompt_kernels import BLOCK_TOKENS
+from actors.executor.gpu.slot_experts import kernel_weights
 from actors.executor.runner import RowInput
 
 _LAYERS_AHEAD = 2  # that a paced pass queues before the first of them is complete
@@ -148,7 +149,7 @@ class _PairOutputs:
 
     def __init__(self, experts: Any, hidden: Tensor, ids: Tensor, pager: DevicePager) -> None:
         self._hidden = hidden
-        self._gate_up, self._down = experts.gate_up_proj, experts.down_proj  # [slots, ...], strided
+        self._up, self._down = kernel_weights(experts)
         self._order, self._starts = sort_pairs(ids, pager.num_experts)
         self._activated = hidden.new_empty(ids.numel(), self._down.shape[-1])
         self.of_pairs = hidden.new_empty(ids.numel(), hidden.shape[-1])
@@ -159,5 +160,5 @@ class _PairOutputs:
     def add(self, wave: Wave) -> None:
         compute_pairs(
             self._hidden, self._order, self._starts, (wave.slots, wave.experts, wave.num), wave.max_experts,
-            self._gate_up, self._down, self._activated, self.of_pairs,
+            self._up, self._down, self._activated, self.of_pairs,
         )  # fmt: skip

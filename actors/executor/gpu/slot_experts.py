@@ -1,7 +1,7 @@
 """The experts of one layer at decode, computed wave by wave from slots whose contents only the device knows.
 
-Two ways: own kernels where the family's experts are gate, up, SiLU and down without biases, and the library's batched
-forward for every other family. Both compute each (row, choice) pair by itself and sum a row's pairs in their order, so
+Two ways: own kernels where the family's experts are gate, up, SiLU and down, or up, ReLU and down, without biases, and the
+library's batched forward for every other family. Both compute each (row, choice) pair by itself and sum a row's pairs in their order, so
 the output does not depend on slots or waves.
 """
 
@@ -12,10 +12,10 @@ import triton
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from actors.executor.gpu.expert_kernels import combine, down_kernel, gate_up_kernel
+from actors.executor.gpu.expert_kernels import combine, down_kernel, up_kernel
 from actors.executor.gpu.pager import DevicePager, Wave
 
-_GATE_UP_TILE = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+_UP_TILE = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 _DOWN_TILE = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 
 
@@ -57,20 +57,25 @@ def run_slot_experts(
 
 def kernels_fit(experts: Any) -> bool:
     """Whether the family's experts are what `expert_kernels` computes."""
+    if experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False):
+        return False
+    activation = type(experts.act_fn).__name__
+    if not experts.has_gate:
+        return activation == "ReLU"
     plain_gate = getattr(type(experts)._apply_gate, "__name__", "") == "_default_apply_gate"
-    return (
-        bool(experts.has_gate)
-        and bool(getattr(experts, "is_concatenated", True))
-        and not (experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False))
-        and plain_gate
-        and type(experts.act_fn).__name__ in ("SiLU", "SiLUActivation")
-    )
+    is_concatenated = bool(getattr(experts, "is_concatenated", True))
+    return plain_gate and is_concatenated and activation in ("SiLU", "SiLUActivation")
+
+
+def kernel_weights(experts: Any) -> tuple[Tensor, Tensor]:
+    """Of experts that `kernels_fit`: [slots, intermediate or twice that, hidden] and [slots, hidden, intermediate], strided."""
+    return experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj
 
 
 class KernelPairOutputs:
     def __init__(self, experts: Any, hidden: Tensor, ids: Tensor, num_active: Tensor, poisons: bool) -> None:
         self._hidden, self._ids, self._num_active = hidden.contiguous(), ids, num_active
-        self._gate_up, self._down = experts.gate_up_proj, experts.down_proj  # [slots, ...], strided
+        self._up, self._down = kernel_weights(experts)
         num_pairs = ids.numel()
         self._activated = hidden.new_empty(num_pairs, self._down.shape[-1])
         self._outputs = hidden.new_empty(num_pairs, hidden.shape[-1])
@@ -87,9 +92,9 @@ class KernelPairOutputs:
             "TOP_K": self._ids.shape[1],
             "PAIRS_P": triton.next_power_of_2(self._ids.numel()),
         }
-        gate_up_kernel[(triton.cdiv(intermediate, _GATE_UP_TILE["BLOCK_N"]), wave.max_experts)](
-            self._hidden, *entries, self._gate_up, self._activated,
-            SLOT_STRIDE=self._gate_up.stride(0), **sizes, **_GATE_UP_TILE,
+        up_kernel[(triton.cdiv(intermediate, _UP_TILE["BLOCK_N"]), wave.max_experts)](
+            self._hidden, *entries, self._up, self._activated,
+            GATED=self._up.shape[1] == 2 * intermediate, SLOT_STRIDE=self._up.stride(0), **sizes, **_UP_TILE,
         )  # fmt: skip
         down_kernel[(triton.cdiv(hidden_size, _DOWN_TILE["BLOCK_N"]), wave.max_experts)](
             self._activated, *entries, self._down, self._outputs,
