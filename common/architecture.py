@@ -3,6 +3,7 @@
 Every fact is taken from the library's own model, built on the meta device, so that nothing here knows a family.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.errors import CheckpointError, UnsupportedModelError
+from common.own_experts import own_model_class
+from common.own_experts.model import OwnExpertsModel
 
 # The library's families disagree on the name of "experts per token".
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k")
 
 
 @dataclass(frozen=True)
 class MoeArchitecture:
-    """The shape of a decoder with MoE layers. A *layer* is an MoE layer here, counted from 0; dense ones do not count."""
+    """The shape of a model with MoE layers. A *layer* is an MoE layer here, counted from 0; dense ones do not count.
+
+    An encoder's layers come first, then the decoder's.
+    """
 
     model_type: str
     experts_modules: tuple[str, ...]  # qualified module name per MoE layer, in forward order
@@ -28,6 +34,10 @@ class MoeArchitecture:
     hidden_size: int
     vocab_size: int
     max_context_tokens: int
+    num_encoder_layers: int = 0  # MoE layers of an encoder; all of them where the model is nothing else
+    is_encoder_decoder: bool = False
+    labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
+    transposed_tensors: tuple[str, ...] = ()  # of `expert_shapes`: a checkpoint holds the transposed matrices
 
     @property
     def num_layers(self) -> int:
@@ -54,15 +64,21 @@ def load_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
+    """Whose `from_pretrained` loads the model: ours for families outside the experts registry, else the library's."""
+    return own_model_class(config) or AutoModelForCausalLM
+
+
 def meta_model(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
-    """The library's causal language model without storage (meta device).
+    """The model without storage (meta device).
 
     Raises:
         UnsupportedModelError: the architecture has no causal language model in the library.
     """
+    own_class = own_model_class(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = own_class(config) if own_class else AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UnsupportedModelError(
             str(folder), f"{config.model_type} is no causal language model"
@@ -74,6 +90,11 @@ def meta_model(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
 def find_experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that the library routes through its experts registry, by qualified name, in forward order."""
     return {name: module for name, module in model.named_modules() if is_experts_module(module)}
+
+
+def count_encoder_layers(experts_modules: Iterable[str]) -> int:
+    """How many of these experts modules belong to an encoder. Args: experts_modules: qualified names."""
+    return sum("encoder" in name.split(".") for name in experts_modules)
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -113,11 +134,15 @@ def architecture_of(model: PreTrainedModel, folder: str | Path) -> MoeArchitectu
         model_type=config.model_type,
         experts_modules=tuple(experts),
         num_experts=num_experts.pop(),
-        top_k=_top_k(text, folder),
+        top_k=_top_k(model, folder),
         expert_shapes=first,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        max_context_tokens=text.max_position_embeddings,
+        max_context_tokens=_max_context_tokens(model),
+        num_encoder_layers=count_encoder_layers(experts),
+        is_encoder_decoder=bool(config.is_encoder_decoder) and model.can_generate(),
+        labels=() if model.can_generate() else tuple(config.id2label[i] for i in range(config.num_labels)),
+        transposed_tensors=tuple(getattr(next(iter(experts.values())), "transposed_tensors", ())),
     )
 
 
@@ -131,8 +156,19 @@ def per_expert_shapes(experts: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _top_k(config: PretrainedConfig, folder: str | Path) -> int:
-    values = [getattr(config, name, None) for name in _TOP_K_NAMES]
+def _max_context_tokens(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    if isinstance(model, OwnExpertsModel) and model.usual_context_tokens is not None:
+        return int(getattr(config, "n_positions", model.usual_context_tokens))
+    return int(config.max_position_embeddings)
+
+
+def _top_k(model: PreTrainedModel, folder: str | Path) -> int:
+    if isinstance(model, OwnExpertsModel) and model.fixed_top_k is not None:
+        return model.fixed_top_k
+    config = model.config.get_text_config()
+    parts = (config, getattr(config, "ffn_config", None))
+    values = [getattr(part, name, None) for part in parts for name in _TOP_K_NAMES]
     found = [value[0] if isinstance(value, list) else value for value in values if value]
     if not found:
         raise UnsupportedModelError(

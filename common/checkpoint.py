@@ -4,6 +4,7 @@ Reads headers and single experts, never the whole model. The library's own conve
 """
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from common.safetensors_index import StoredTensor, index_tensors
 
 # What can be done to expert tensors by reading bytes in another order.
 _FUSED: tuple[str, ...] = ()
+_FLATTENED = (("UnflattenExperts", "Concatenate(1)"), ("UnflattenExperts", "Transpose"))
 _MERGED = (("MergeModulelist(0)",), ("MergeModulelist(0)", "Concatenate(1)"))
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SAMPLES_PER_SHARD, _SAMPLE_BYTES = 16, 4096
@@ -63,7 +65,7 @@ class Checkpoint:
         experts = [key for key in mapped if key.target in targets]
         dense = tuple(tensors[key.key] for key in mapped if key.target not in targets)
         dtype = _expert_dtype(folder, [tensors[key.key] for key in experts])
-        layout = ExpertLayout.from_shapes(architecture.expert_shapes, dtype)
+        layout = ExpertLayout.from_shapes(architecture.expert_shapes, dtype, architecture.transposed_tensors)
         ranges = _ExpertFinder(folder, architecture, layout, tensors).find(experts)
         return cls(folder, architecture, _fingerprint(architecture, tensors.values()), layout, dense, ranges)
 
@@ -144,7 +146,11 @@ class _ExpertFinder:
         if not keys:
             self._missing.append(target)
         elif keys[0].operations == _FUSED:
-            self._add_fused(layer, slot, keys)
+            self._add_fused(layer, slot, keys, (self._architecture.num_experts, *slot.stored_shape))
+        elif keys[0].operations in _FLATTENED:
+            num_rows, *columns = slot.stored_shape
+            rows_per_part = self._architecture.num_experts * num_rows // keys[0].num_parts
+            self._add_fused(layer, slot, keys, (rows_per_part, *columns))
         elif keys[0].operations in _MERGED:
             self._add_merged(layer, slot, target, keys)
         else:
@@ -153,18 +159,27 @@ class _ExpertFinder:
                 f"its {target} is made by {' + '.join(keys[0].operations)}, which cannot be read in place",
             )
 
-    def _add_fused(self, layer: int, slot: ExpertTensor, keys: list[MappedKey]) -> None:
-        """One tensor holds all experts: each is a contiguous slice of it."""
-        if len(keys) > 1:
+    def _add_fused(
+        self, layer: int, slot: ExpertTensor, keys: list[MappedKey], shape: tuple[int, ...]
+    ) -> None:
+        """One tensor of `shape` holds all experts, or one part of all: each is a contiguous slice of it."""
+        parts = {key.part: key.key for key in keys}
+        if len(parts) < len(keys):
             raise CheckpointError(
                 str(self._folder), f"{keys[0].key} and {keys[1].key} are both {keys[0].target}"
             )
-        tensor, num_experts = self._tensors[keys[0].key], self._architecture.num_experts
-        self._check_shape(tensor, (num_experts, *slot.shape))
-        size = tensor.num_bytes // num_experts
-        for expert_id in range(num_experts):
-            offset = tensor.file_offset + expert_id * size
-            self._ranges[layer, expert_id].append(FileRange(tensor.path, offset, size, slot.offset_bytes))
+        if len(parts) < keys[0].num_parts:
+            self._missing.append(f"one part of {keys[0].target}")
+            return
+        num_experts, offset = self._architecture.num_experts, slot.offset_bytes
+        for _, key in sorted(parts.items()):
+            tensor = self._tensors[key]
+            self._check_shape(tensor, shape)
+            size = tensor.num_bytes // num_experts
+            for expert_id in range(num_experts):
+                start = tensor.file_offset + expert_id * size
+                self._ranges[layer, expert_id].append(FileRange(tensor.path, start, size, offset))
+            offset += size
 
     def _add_merged(self, layer: int, slot: ExpertTensor, target: str, keys: list[MappedKey]) -> None:
         """Every expert has tensors of its own, `num_parts` of them one after the other."""
@@ -205,20 +220,23 @@ class _ExpertFinder:
             )
 
 
-def _expert_position(segments: list[str]) -> int:
-    """The library numbers layers first, so the expert is the last number of a key's path."""
-    return max(position for position, segment in enumerate(segments) if segment.isdigit())
+# The library numbers layers first, so the expert is the last number of a key's path: "3", or "expert_3".
+_EXPERT_NUMBER = re.compile(r"(?P<before>.*\.(?:expert_)?)(?P<number>\d+)(?P<after>\..*)")
 
 
 def _expert_number(key: str) -> int:
-    segments = key.split(".")
-    return int(segments[_expert_position(segments)])
+    return int(_split_at_expert(key)["number"])
 
 
 def _with_expert_number(key: str, expert_id: int) -> str:
-    segments = key.split(".")
-    segments[_expert_position(segments)] = str(expert_id)
-    return ".".join(segments)
+    parts = _split_at_expert(key)
+    return f"{parts['before']}{expert_id}{parts['after']}"
+
+
+def _split_at_expert(key: str) -> re.Match[str]:
+    match = _EXPERT_NUMBER.fullmatch(key)
+    assert match is not None
+    return match
 
 
 def _fingerprint(architecture: MoeArchitecture, tensors: Iterable[StoredTensor]) -> str:

@@ -91,7 +91,16 @@ class ServingConfig(BaseModel):
         "Who routes: the model's own routers (predictions only prefetch), or the hash function (SiDA, lossy).",
     )
     prefetch: bool = _option(
-        True, "true or false", "Load predicted experts before the forward pass asks for them."
+        True,
+        "true or false",
+        "Load the experts that hash tables name for a prompt before its forward pass asks for them.",
+    )
+    decode_predictor: Literal["auto", "none", "next-gate", "activation-trace", "frequency"] = _option(
+        "auto",
+        "auto, none or next-gate; on cpu also activation-trace or frequency",
+        "Who names the experts that decode steps will need in coming layers, which are loaded while a layer computes: the "
+        "next layer's router, a layer early (Pre-gated MoE, HOBBIT; on cuda within prompts, too); the most similar earlier "
+        "request (MoE-Infinity); or `resident_set`. auto: next-gate on cuda with prefetch, else none.",
     )
     eviction: Literal["lfu", "lru", "fifo", "inactive-lifo", "activation"] = _option(
         "lfu",
@@ -99,10 +108,33 @@ class ServingConfig(BaseModel):
         "Which expert leaves its slot: the least often used of late, the least recently used, the oldest, the newest "
         "that the batch does not need, or the one that the running requests used least.",
     )
+    resident_set: Annotated[str | None, BeforeValidator(_absolute)] = _option(
+        None,
+        "a file",
+        "Expert loads recorded from a trace, for example of one task (`python -m actors.expert_store.record_loads`): "
+        "`pinned_experts` of those it used most never leave their slots, and decode_predictor=frequency loads by it. Must "
+        "lie at the same path on every node.",
+        min_length=1,
+    )
+    pinned_experts: Annotated[int | None, BeforeValidator(_auto_is_none)] = _option(
+        None,
+        "auto or 0 to 4096",
+        "Experts per layer that `resident_set` pins, at most the slots less the experts of one token. auto: a quarter of "
+        "the slots.",
+        ge=0,
+        le=4096,
+    )
     hash_function: Annotated[str, BeforeValidator(_absolute_or_auto)] = _option(
         "auto",
         "auto or a folder",
         "Folder of the trained hash function. auto: `hash_function` in the model's folder, or none.",
+        min_length=1,
+    )
+    placement_trace: Annotated[str | None, BeforeValidator(_absolute)] = _option(
+        None,
+        "a file",
+        "Expert loads recorded from a trace (`python -m actors.expert_store.record_loads`), by which the store shares out "
+        "experts over nodes; default: nodes are filled evenly. Must lie at the same path on every node.",
         min_length=1,
     )
     redis_url: str | None = _option(
@@ -117,12 +149,15 @@ class ServingConfig(BaseModel):
     max_context_tokens: Annotated[int | None, BeforeValidator(_auto_is_none)] = _option(
         None,
         "auto or 2 to 10000000",
-        f"Prompt and completion together. auto: the model's limit, at most {DEFAULT_CONTEXT_TOKENS}.",
+        f"Prompt and completion together; with an encoder, each. auto: the model's limit, at most {DEFAULT_CONTEXT_TOKENS}.",
         ge=2,
         le=10_000_000,
     )
     prefill_chunk_tokens: int = _at_least(
-        512, 1, 65_536, "Prompt tokens per forward pass; smaller chunks delay running requests less."
+        512,
+        1,
+        65_536,
+        "Prompt tokens per forward pass; smaller chunks delay running requests less. An encoder reads a prompt in one pass.",
     )
     max_stall_ms: int = _at_least(
         50,

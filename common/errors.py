@@ -13,8 +13,9 @@ ServingError                       500
 ├─ RequestError                    400
 │  ├─ InvalidParameterError        400  one field of the request
 │  ├─ VocabularyError              400  a token id outside the vocabulary
-│  ├─ ContextTooLongError          400  prompt + max_tokens over the limit
+│  ├─ ContextTooLongError          400  prompt + max_tokens over the limit, or what an encoder is to read
 │  ├─ NoChatTemplateError          400  messages for a model that cannot read them
+│  ├─ WrongTaskError               400  a classification of a model that generates, or the other way round
 │  ├─ AuthenticationError          401
 │  └─ ModelNotFoundError           404
 └─ UnavailableError                503, retryable
@@ -180,6 +181,8 @@ class VocabularyError(RequestError):
 
 
 class ContextTooLongError(RequestError):
+    """`max_tokens` is 0 where the completion does not count."""
+
     code = "context_length_exceeded"
 
     def __init__(self, prompt_tokens: int, max_tokens: int, limit: int, param: str = "prompt") -> None:
@@ -188,10 +191,23 @@ class ContextTooLongError(RequestError):
         self.param = param
 
     def __str__(self) -> str:
+        if self.max_tokens == 0:
+            return f"the {self.param} has {self.prompt_tokens} tokens; the limit is {self.limit}"
         return (
             f"the prompt has {self.prompt_tokens} tokens and max_tokens is {self.max_tokens}, together "
             f"{self.prompt_tokens + self.max_tokens}; the limit is {self.limit}"
         )
+
+
+class WrongTaskError(RequestError):
+    code = "wrong_task"
+
+    def __init__(self, task: str, path: str) -> None:
+        super().__init__(task, path)
+        self.task, self.path = task, path
+
+    def __str__(self) -> str:
+        return f"the model {self.task}; use {self.path}"
 
 
 class NoChatTemplateError(RequestError):

@@ -4,7 +4,7 @@ The *stored* layout (in the expert store) and the *slot* layout (in an executor)
 differ in dtype at most; packed and low-precision stored forms are decoded by whoever fetches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -23,6 +23,11 @@ class ExpertTensor:
     name: str  # of the parameter in the experts module: "gate_up_proj"
     shape: tuple[int, ...]
     offset_bytes: int
+    is_transposed: bool = False  # the bytes are those of the transposed matrix
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.is_transposed else self.shape
 
     @property
     def num_elements(self) -> int:
@@ -38,11 +43,17 @@ class ExpertLayout:
     slab_bytes: int
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> "ExpertLayout":
-        """Lay the tensors out in the mapping's order, each aligned to ALIGNMENT_BYTES."""
+    def from_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, transposed: Collection[str] = ()
+    ) -> "ExpertLayout":
+        """Lay the tensors out in the mapping's order, each aligned to ALIGNMENT_BYTES.
+
+        Args:
+            transposed: names of matrices whose bytes are those of the transposed one.
+        """
         tensors, offset = [], 0
         for name, shape in shapes.items():
-            tensors.append(ExpertTensor(name, tuple(shape), offset))
+            tensors.append(ExpertTensor(name, tuple(shape), offset, name in transposed))
             offset += _aligned(prod(shape) * dtype.itemsize)
         return cls(tuple(tensors), str(dtype).removeprefix("torch."), offset)
 
@@ -66,16 +77,15 @@ class ExpertLayout:
         Args:
             slabs: [..., slab_bytes] uint8, contiguous.
         Returns:
-            name -> [..., *shape] of the layout's dtype; strided when slabs has leading dimensions.
+            name -> [..., *shape] of the layout's dtype; strided when slabs has leading dimensions or it is transposed.
         """
         assert slabs.dtype == torch.uint8 and slabs.shape[-1] == self.slab_bytes
         elements = slabs.view(self.dtype)  # [..., slab elements]
         views = {}
         for tensor in self.tensors:
             start = tensor.offset_bytes // self.dtype.itemsize
-            views[tensor.name] = elements[..., start : start + tensor.num_elements].unflatten(
-                -1, tensor.shape
-            )
+            stored = elements[..., start : start + tensor.num_elements].unflatten(-1, tensor.stored_shape)
+            views[tensor.name] = stored.transpose(-1, -2) if tensor.is_transposed else stored
         return views
 
 

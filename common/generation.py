@@ -3,6 +3,7 @@
 This is not the HTTP schema: that one lives in `deployments/openai_schema.py` and is turned into this.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,11 +31,11 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to continue. `request_id` is also the key of its hash table."""
+    """One prompt to continue, or for a classifier to judge. `request_id` is also the key of its hash table."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: SamplingParams  # a classifier samples nothing
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class ExpertUsage:
     missed: int = 0
     moved_bytes: int = 0
 
+    @classmethod
+    def total(cls, usages: Iterable["ExpertUsage"]) -> "ExpertUsage":
+        counts = [(each.needed, each.predicted, each.missed, each.moved_bytes) for each in usages]
+        return cls(*map(sum, zip(*counts, strict=True)))
+
 
 @dataclass(frozen=True)
 class RequestTimings:
@@ -73,7 +79,10 @@ class RequestTimings:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """What one step added to a request. `text` may lag behind `token_ids` (split characters, possible stops)."""
+    """What one step added to a request. `text` may lag behind `token_ids` (split characters, possible stops).
+
+    A classifier's only chunk has no tokens but `label_logits`.
+    """
 
     token_ids: tuple[int, ...]
     text: str
@@ -81,3 +90,4 @@ class GenerationChunk:
     finish_reason: FinishReason | None = None  # set on the last chunk
     experts: ExpertUsage | None = None  # set on the last chunk
     timings: RequestTimings | None = None  # set on the last chunk
+    label_logits: tuple[float, ...] | None = None

@@ -5,7 +5,7 @@ Nothing here waits or sends; `completions.py` brings the chunks.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -122,7 +122,7 @@ class Answer(ABC):
             prompt_tokens=self.prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=self.prompt_tokens + completion_tokens,
-            experts=ExpertFigures.of(_total(choice.experts for choice in self.choices)),
+            experts=ExpertFigures.of(ExpertUsage.total(choice.experts for choice in self.choices)),
             timings=self._timings() if self.tells_timings else None,
         )
 
@@ -222,15 +222,3 @@ def _token(name: str, logprob: float) -> dict[str, Any]:
 
 def _is_text(name: str) -> bool:
     return not name.startswith("token_id:")
-
-
-def _total(usages: Iterable[ExpertUsage]) -> ExpertUsage:
-    total = ExpertUsage()
-    for usage in usages:
-        total = ExpertUsage(
-            total.needed + usage.needed,
-            total.predicted + usage.predicted,
-            total.missed + usage.missed,
-            total.moved_bytes + usage.moved_bytes,
-        )
-    return total

@@ -11,15 +11,21 @@ import torch
 from ray import serve
 from ray.serve import Application, Deployment
 
+from actors.executor.build import check_eviction
 from actors.executor.families import check_supported
+from actors.executor.pager import NEXT_GATE
+from actors.executor.predictors import chosen_predictor, early_routers
+from actors.executor.resident_set import count_pinned, recorded_counts
+from actors.expert_store.loads import ExpertLoads
 from actors.predictor.hash_function import find_hash_function
-from common.architecture import MoeArchitecture, describe_architecture, load_config
+from common.architecture import MoeArchitecture, describe_architecture, load_config, meta_model
+from common.checkpoint import Checkpoint
 from common.config import ServingConfig
 from common.errors import ConfigError, ServingError
 from common.expert_layout import ExpertLayout
 from deployments.executor import ExecutorDeployment
 from deployments.expert_store import ExpertStoreDeployment
-from deployments.ingress import Ingress
+from deployments.ingress import Ingress, ServedModel
 from deployments.predictor import PredictorDeployment
 from deployments.table_server import TableServer
 
@@ -42,7 +48,7 @@ def build(args: dict[str, Any]) -> Application:
         config, architecture = checked_config(args)
     except ServingError as error:
         raise click.ClickException(str(error)) from error
-    return bind(config, architecture.vocab_size)
+    return bind(config, served_model(architecture))
 
 
 def checked_config(args: Mapping[str, Any]) -> tuple[ServingConfig, MoeArchitecture]:
@@ -56,12 +62,21 @@ def checked_config(args: Mapping[str, Any]) -> tuple[ServingConfig, MoeArchitect
     if config.device == "auto":
         config = config.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     architecture = _check_model(config)
+    check_eviction(config.eviction, torch.device(config.device))
+    _check_decode_predictor(config, architecture)
     _predicts(config)
+    if config.placement_trace is not None:
+        ExpertLoads.load_for(Checkpoint.open(config.model), config.placement_trace)
     limit = config.context_limit(architecture.max_context_tokens)
     return config.model_copy(update={"max_context_tokens": limit}), architecture
 
 
-def bind(config: ServingConfig, vocab_size: int) -> Application:
+def served_model(architecture: MoeArchitecture) -> ServedModel:
+    has_encoder = architecture.is_encoder_decoder or bool(architecture.labels)
+    return ServedModel(architecture.vocab_size, has_encoder, architecture.labels)
+
+
+def bind(config: ServingConfig, model: ServedModel) -> Application:
     """Wire the deployments of a checked configuration."""
     store = (
         _on_cpu(ExpertStoreDeployment, config, num_cpus=0.1)
@@ -82,7 +97,7 @@ def bind(config: ServingConfig, vocab_size: int) -> Application:
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=config.drain_timeout_s + _LAST_ERRORS_S,
     )
-    return ingress.bind(config, vocab_size, predictor, executor, store)
+    return ingress.bind(config, model, predictor, executor, store)
 
 
 def _executor(config: ServingConfig) -> Deployment:
@@ -130,10 +145,21 @@ def _check_model(config: ServingConfig) -> MoeArchitecture:
     dtype = config.compute_dtype(config.device, model_config.dtype or torch.float32)
     slot_bytes = ExpertLayout.from_shapes(architecture.expert_shapes, dtype).slab_bytes
     if not config.expert_slots.is_auto:  # what fits is for the executors to see, on their devices
-        config.expert_slots.slots_per_layer(
+        num_slots = config.expert_slots.slots_per_layer(
             architecture.num_layers, architecture.num_experts, slot_bytes, architecture.top_k
         )
+        count_pinned(config, num_slots, architecture.num_experts, architecture.top_k)
     return architecture
+
+
+def _check_decode_predictor(config: ServingConfig, architecture: MoeArchitecture) -> None:
+    """
+    Raises:
+        ConfigError: the device or the model rules it out, or `resident_set` is missing or unusable.
+    """
+    recorded_counts(config)
+    if chosen_predictor(config, config.device) == NEXT_GATE and config.device == "cpu":
+        early_routers(meta_model(load_config(config.model), config.model), architecture)
 
 
 def _predicts(config: ServingConfig) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
-from common.errors import EngineStoppedError, ModelNotFoundError
+from common.errors import EngineStoppedError, ModelNotFoundError, WrongTaskError
 from common.generation import GenerationChunk, GenerationRequest
 from deployments.answers import Answer, ChatAnswer, CompletionAnswer, GrowingChoice
 from deployments.chat_schema import ChatCompletion, ChatCompletionChunk, ChatRequest
@@ -43,15 +43,24 @@ class Backend(Protocol):
 
 
 class CompletionService:
-    """Answers requests for completions and chat completions of one served model."""
+    """Answers requests for completions and chat completions of one served model.
+
+    Args:
+        generates: whether the model can; a classifier's requests are refused.
+    """
 
     def __init__(
-        self, served_name: str, reader: PromptReader, backend: Backend, seed: int | None = None
+        self,
+        served_name: str,
+        reader: PromptReader,
+        backend: Backend,
+        seed: int | None = None,
+        generates: bool = True,
     ) -> None:
         self.served_name = served_name
         self.reader = reader
         self.backend = backend
-        self._seed = seed
+        self._seed, self._generates = seed, generates
 
     async def complete(self, request: Request) -> Whole:
         """
@@ -81,6 +90,8 @@ class CompletionService:
     def _admit(self, request: Request) -> Answer:
         if request.model not in (None, self.served_name):
             raise ModelNotFoundError(str(request.model), self.served_name)
+        if not self._generates:
+            raise WrongTaskError("classifies texts and generates none", "/classify")
         self.reader.check_stops(request.stop)
         if isinstance(request, ChatRequest):
             prompts, echoes = [self.reader.read_messages(request.messages, request.token_limit)], [""]
@@ -101,7 +112,7 @@ class CompletionService:
         requests: list[GenerationRequest] = []
         choices: list[GrowingChoice] = []
         for prompt, echoed in zip(prompts, echoes, strict=True):
-            max_tokens = request.token_limit or self.reader.context_limit - len(prompt)
+            max_tokens = request.token_limit or self.reader.room_after(prompt)
             for choice in range(request.n):
                 sampling = request.sampling(max_tokens, self._seed, choice)
                 requests.append(GenerationRequest(f"{answer_id}-{len(requests)}", prompt, sampling))

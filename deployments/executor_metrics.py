@@ -29,6 +29,12 @@ _OF_LAYER: Sequence[tuple[str, type[Any], str, str]] = (
         "Share of the routers' choices that hash tables named.",
     ),
 )
+# Of each predictor that asked for copies, over all layers.
+_OF_PREDICTOR: Sequence[tuple[str, str, str]] = (
+    ("copied", "predictor_prefetched", "Experts copied ahead of need, by the predictor that named them."),
+    ("used", "predictor_prefetched_used", "Of those, needed before they left."),
+    ("wasted", "predictor_prefetched_wasted", "Of those, left before need."),
+)
 
 
 def registry_of(report: Mapping[str, Any]) -> CollectorRegistry:
@@ -63,6 +69,10 @@ class _Report:
         for key, kind, name, meaning in _OF_LAYER:
             values = [((number,), each, layer[key]) for number, each, layer in layers]
             yield _family(kind, name, meaning, ["replica", "layer"], values)
+        by_predictor = [((by,), each, n) for each in executors for by, n in each["prefetches"].items()]
+        for key, name, meaning in _OF_PREDICTOR:
+            values = [(label, each, counts[key]) for label, each, counts in by_predictor]
+            yield _family(CounterMetricFamily, name, meaning, ["replica", "predictor"], values)
         tables = [((kind,), each, n) for each in executors for kind, n in each["hash_tables"].items()]
         meaning = "Hash tables, by when they came, or why they were not used."
         yield _family(CounterMetricFamily, "expert_hash_tables", meaning, ["replica", "kind"], tables)

@@ -12,14 +12,14 @@ class ExpertStoreDeployment:
     """One replica only: another would hold all experts again. A replacement loads again, under a new generation."""
 
     def __init__(self, config: ServingConfig) -> None:
-        self._store = ExpertStore(config.model, logging.getLogger("ray.serve"))
+        self._store = ExpertStore(config.model, logging.getLogger("ray.serve"), config.placement_trace)
         self._store.start()
 
     async def directory(self) -> ExpertDirectory:
         """The references to all experts, once they are loaded.
 
         Raises:
-            CheckpointError, CapacityError: why they were not.
+            CheckpointError, CapacityError, ConfigError: why they were not.
         """
         return await self._store.wait_directory()
 

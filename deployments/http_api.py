@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP routes over a `CompletionService`. A plain FastAPI application; Ray is not known here."""
+"""The OpenAI-compatible HTTP routes over a `CompletionService`, and vLLM's for classification. A plain FastAPI application; Ray is not known here."""
 
 import hmac
 import json
@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from common.errors import AuthenticationError, ModelNotFoundError
 from deployments.chat_schema import ChatCompletion, ChatRequest
+from deployments.classification import ClassificationService
+from deployments.classify_schema import Classification, ClassificationRequest
 from deployments.completions import CompletionService, Piece, peek
 from deployments.observation_routes import add_observation_routes
 from deployments.openai_errors import ErrorReply, error_reply, invalid_field, reply_to
@@ -28,7 +30,10 @@ _PACKAGE = "sida-serve"
 
 
 def create_http_api(
-    service: CompletionService, api_key: str | None, metrics: RequestMetrics | None = None
+    service: CompletionService,
+    api_key: str | None,
+    metrics: RequestMetrics | None = None,
+    classification: ClassificationService | None = None,
 ) -> FastAPI:
     """The application that a deployment serves.
 
@@ -36,6 +41,7 @@ def create_http_api(
         api_key: what clients must send as a bearer token, everywhere but at /health and for the page at /; None lets
             everybody in.
         metrics: what the service's backend observes, for /metrics.
+        classification: for a model that classifies; None: /classify says that it does not.
     """
     api = _Api(
         title=_PACKAGE,
@@ -47,6 +53,11 @@ def create_http_api(
     guards = [Depends(_key_check(api_key))] if api_key else []
     _add_routes(api, service, guards)
     _add_generation_routes(api, service, guards)
+    if classification is None:
+        classification = ClassificationService(
+            service.served_name, service.reader, service.backend, labels=()
+        )
+    _add_classification_route(api, classification, guards)
     _add_tokenizer_routes(api, service, guards)
     add_observation_routes(api, service.backend, metrics or RequestMetrics(), guards)
     return api
@@ -122,6 +133,12 @@ def _add_generation_routes(api: FastAPI, service: CompletionService, guards: lis
             return JSONResponse((await service.complete(request)).model_dump())
         # Errors before the first token still have a status of their own.
         return _ClosingStream(_events(await peek(service.stream(request))), media_type="text/event-stream")
+
+
+def _add_classification_route(api: FastAPI, service: ClassificationService, guards: list[Any]) -> None:
+    @api.post("/classify", dependencies=guards, responses=_errors(400, 401, 404, 503))
+    async def classify(request: ClassificationRequest) -> Classification:
+        return await service.classify(request)
 
 
 def _add_tokenizer_routes(api: FastAPI, service: CompletionService, guards: list[Any]) -> None:

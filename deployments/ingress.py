@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,6 +21,8 @@ from common.errors import UnavailableError
 from common.generation import GenerationChunk, GenerationRequest
 from common.tokenizer import load_tokenizer
 from deployments.chat_schema import ChatRequest
+from deployments.classification import ClassificationService
+from deployments.classify_schema import ClassificationRequest
 from deployments.completions import CompletionService
 from deployments.http_api import create_http_api
 from deployments.openai_errors import reply_to
@@ -36,6 +39,15 @@ _EXECUTOR_STARTS_S = 600.0
 _LOOK_AGAIN_S = 10.0  # whether there is an executor, while a request has no answer
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What the ingress has to know of the model."""
+
+    vocab_size: int
+    has_encoder: bool = False  # which reads prompts
+    labels: tuple[str, ...] = ()  # of a classifier
+
+
 class Ingress:
     """Where requests enter, by HTTP or through a Serve handle.
 
@@ -46,7 +58,7 @@ class Ingress:
     def __init__(
         self,
         config: ServingConfig,
-        vocab_size: int,
+        model: ServedModel,
         predictor: DeploymentHandle | None,
         executor: DeploymentHandle,
         store: DeploymentHandle,
@@ -57,14 +69,19 @@ class Ingress:
             predictor: None when nothing predicts.
         """
         assert config.max_context_tokens is not None
-        reader = PromptReader(load_tokenizer(config.model), vocab_size, config.max_context_tokens)
+        reader = PromptReader(
+            load_tokenizer(config.model), model.vocab_size, config.max_context_tokens, model.has_encoder
+        )
         self._api_key = config.api_key
         self._metrics = RequestMetrics()
         backend = ObservedBackend(HandleBackend(predictor, executor, store), self._metrics)
-        self.service = CompletionService(config.served_name, reader, backend, config.seed)
+        self.service = CompletionService(
+            config.served_name, reader, backend, config.seed, generates=not model.labels
+        )
+        self.classification = ClassificationService(config.served_name, reader, backend, model.labels)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_http_api(self.service, self._api_key, self._metrics)
+        return create_http_api(self.service, self._api_key, self._metrics, self.classification)
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """The body of `POST /v1/completions` for the same fields.
@@ -81,6 +98,18 @@ class Ingress:
             ValueError, RuntimeError: see the class.
         """
         return await self._answer(ChatRequest, request)
+
+    async def classify(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The body of `POST /classify` for the same fields.
+
+        Raises:
+            ValueError, RuntimeError: see the class.
+        """
+        try:
+            answer = await self.classification.classify(ClassificationRequest.model_validate(request))
+        except Exception as error:
+            raise _portable(error) from None
+        return answer.model_dump()
 
     async def stream(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a streamed `POST /v1/completions`, as dicts; call with `.options(stream=True)`.

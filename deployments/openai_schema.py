@@ -24,7 +24,7 @@ Prompt = str | list[int]
 ErrorKind = Literal["invalid_request_error", "server_error"]
 
 
-def _as_prompts(value: Any) -> list[Prompt]:
+def as_prompts(value: Any) -> list[Prompt]:
     """One prompt or a list of them, as a list of text or token ids."""
     if isinstance(value, str) or _are_token_ids(value):
         return [value]
@@ -54,6 +54,12 @@ def _describe(schema: dict[str, Any], body: type[Any]) -> None:
     fields: dict[str, Any] = schema["properties"]
     for name, default in body.unsupported.items():
         fields[name] = {"const": default, "description": "Not supported: nothing else is accepted."}
+    describe_nulls(schema)
+
+
+def describe_nulls(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema that what is not required may be null."""
+    fields: dict[str, Any] = schema["properties"]
     for name in fields.keys() - set(schema.get("required", ())):
         fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
 
@@ -61,7 +67,7 @@ def _describe(schema: dict[str, Any], body: type[Any]) -> None:
 _TEXT = {"type": "string", "minLength": 1}
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT = {"anyOf": [{"type": "string"}, _TOKEN_IDS]}
-_PROMPTS = {
+PROMPTS_SCHEMA: dict[str, Any] = {
     "anyOf": [*_PROMPT["anyOf"], {"type": "array", "items": _PROMPT, "minItems": 1, "maxItems": MAX_PROMPTS}]
 }
 _STOPS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}]}
@@ -168,7 +174,7 @@ def _int64(number: int) -> int:
 class CompletionRequest(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_as_prompts), WithJsonSchema(_PROMPTS)]
+    prompt: Annotated[list[Prompt], BeforeValidator(as_prompts), WithJsonSchema(PROMPTS_SCHEMA)]
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=1)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)  # `n`, or not given
     echo: bool = False
@@ -279,7 +285,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "sida-serve"
-    max_model_len: int  # tokens of prompt and completion together
+    max_model_len: int  # tokens of prompt and completion together; with an encoder, of each
 
 
 class ModelList(BaseModel):

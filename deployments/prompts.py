@@ -33,24 +33,38 @@ class Tokenizer(Protocol):
 
 
 class PromptReader:
-    """Turns prompts into token ids that a model can take."""
+    """Turns prompts into token ids that a model can take.
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, context_limit: int) -> None:
+    Args:
+        context_limit: in tokens: of prompt and completion together, or with an encoder of each.
+        has_encoder: the model's encoder reads prompts.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, vocab_size: int, context_limit: int, has_encoder: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.context_limit = context_limit
+        self._has_encoder = has_encoder
 
-    def read(self, prompt: Prompt, max_tokens: int | None) -> tuple[int, ...]:
+    def read(self, prompt: Prompt, max_tokens: int | None, param: str = "prompt") -> tuple[int, ...]:
         """
         Args:
             max_tokens: of the completion; None: at least one, and what the context leaves.
+            param: the request's field that holds the prompt, for errors.
         Raises:
-            InvalidParameterError: the prompt is empty, or text without a tokenizer to read it.
+            InvalidParameterError: the prompt is empty, or text without a tokenizer to read it, or with an encoder
+                `max_tokens` is above the limit.
             VocabularyError: a token id is not in the vocabulary.
-            ContextTooLongError: prompt and completion together are above the limit.
+            ContextTooLongError: prompt and completion together are above the limit; with an encoder, the prompt is.
         """
-        token_ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._checked(token_ids, max_tokens or 1, "prompt")
+        token_ids = self.encode(prompt, param=param) if isinstance(prompt, str) else prompt
+        return self._checked(token_ids, max_tokens or 1, param)
+
+    def room_after(self, prompt: Sequence[int]) -> int:
+        """The most tokens that a completion of the prompt may have."""
+        return self.context_limit - (0 if self._has_encoder else len(prompt))
 
     def read_messages(self, messages: Sequence[ChatMessage], max_tokens: int | None) -> tuple[int, ...]:
         """The messages as the model's chat template writes them, up to where the assistant's answer begins.
@@ -131,9 +145,17 @@ class PromptReader:
         if not token_ids:
             raise InvalidParameterError(param, "", "at least one token")
         self._check_ids(token_ids, param)
-        if len(token_ids) + max_tokens > self.context_limit:
+        if self._has_encoder:
+            self._check_each(len(token_ids), max_tokens, param)
+        elif len(token_ids) + max_tokens > self.context_limit:
             raise ContextTooLongError(len(token_ids), max_tokens, self.context_limit, param)
         return tuple(token_ids)
+
+    def _check_each(self, num_tokens: int, max_tokens: int, param: str) -> None:
+        if num_tokens > self.context_limit:
+            raise ContextTooLongError(num_tokens, 0, self.context_limit, param)
+        if max_tokens > self.context_limit:
+            raise InvalidParameterError("max_tokens", max_tokens, f"at most {self.context_limit}, the limit")
 
     def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
         for token_id in token_ids:

@@ -46,7 +46,7 @@ class TokenizeRequest(BaseModel):
 class Tokenized(BaseModel):
     tokens: list[int]
     count: int
-    max_model_len: int  # tokens of prompt and completion together
+    max_model_len: int  # as in `ModelCard`
 
 
 class DetokenizeRequest(BaseModel):

@@ -4,13 +4,17 @@ Weights are random but none is trivial: routing is spread, biases and sinks are 
 shorter than the prompts of the tests.
 """
 
+from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from common.own_experts.switch_transformers import SwitchTransformersForSequenceClassification
 
 NUM_EXPERTS = 8
 TOP_K = 2
@@ -130,6 +134,20 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": SLIDING_WINDOW,
     },
     "axk1": {**_LATENT_ATTENTION, **_GROUPED},
+    "llama4_text": {
+        **_LOCAL,
+        "intermediate_size_mlp": 32,
+        "head_dim": 16,
+        "attention_chunk_size": SLIDING_WINDOW,
+        "no_rope_layer_interval": 2,
+        "floor_scale": 4,
+        "attn_scale": 1.0,
+    },
+    "dbrx": {
+        "d_model": 64,  # the name that the feed-forward sizes are taken from
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": NUM_EXPERTS, "moe_top_k": TOP_K},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    },
 }
 _UNSUPPORTED_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {
@@ -150,7 +168,53 @@ _UNSUPPORTED_FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+
+def _switch_transformers(num_layers: int) -> dict[str, Any]:
+    """Every second layer is sparse, beginning with the second; of three, the second alone."""
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 48,
+        "num_layers": num_layers,
+        "num_decoder_layers": num_layers,
+        "num_sparse_encoder_layers": num_layers // 2,
+        "num_sparse_decoder_layers": num_layers // 2,
+        "num_heads": 4,
+        "num_experts": NUM_EXPERTS,
+        "expert_capacity": 512,  # the library drops nothing: what is served never does
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+
+
+def _nllb_moe(num_layers: int) -> dict[str, Any]:
+    """Every second layer is sparse, beginning with the second; of three, the second alone."""
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 64,
+        "max_position_embeddings": 512,
+        "num_experts": NUM_EXPERTS,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "decoder_start_token_id": 2,
+        **{
+            f"{half}_{field}": value
+            for half in ("encoder", "decoder")
+            for field, value in (
+                ("layers", num_layers),
+                ("ffn_dim", 48),
+                ("attention_heads", 4),
+                ("sparse_step", 2),
+            )
+        },
+    }
+
+
+_ENCODER_DECODER_FAMILIES = {"switch_transformers": _switch_transformers, "nllb-moe": _nllb_moe}
+
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+ENCODER_DECODER_FAMILIES: tuple[str, ...] = tuple(_ENCODER_DECODER_FAMILIES)
 # In the experts registry, but with recurrent, convolutional or otherwise foreign caches.
 UNSUPPORTED_FAMILIES: tuple[str, ...] = tuple(_UNSUPPORTED_FAMILIES)
 
@@ -168,7 +232,7 @@ def make_checkpoint(
     """Write a tiny random checkpoint of `family` into `folder` and return the folder.
 
     Args:
-        num_layers: decoder layers, 2 or more; in many families the first one is dense.
+        num_layers: decoder layers, 2 or more; in many families the first one is dense. Encoder layers as well.
         config: changes to the family's config: sizes, `eos_token_id` (none by default, so nothing ends early).
     """
     model = make_model(family, num_layers=num_layers, dtype=dtype, seed=seed, **config)
@@ -176,19 +240,43 @@ def make_checkpoint(
     return folder
 
 
+def make_classifier_checkpoint(folder: Path, labels: Sequence[str], **config: Any) -> Path:
+    """Write a tiny classifier into `folder` and return it: the encoder of a Switch model under a random head."""
+    with TemporaryDirectory() as whole:
+        make_checkpoint("switch_transformers", Path(whole), num_layers=4, **config)
+        id2label = dict(enumerate(labels))
+        label2id = {label: number for number, label in id2label.items()}
+        torch.manual_seed(0)
+        model = SwitchTransformersForSequenceClassification.from_pretrained(
+            whole, id2label=id2label, label2id=label2id
+        )
+        model.save_pretrained(folder)
+    return folder
+
+
 def make_model(
     family: str, *, num_layers: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
 ) -> PreTrainedModel:
-    """The model whose weights `make_checkpoint` saves."""
-    fields = {**_COMMON, **{**_FAMILIES, **_UNSUPPORTED_FAMILIES}[family], "num_hidden_layers": num_layers}
-    if pattern := fields.get("layer_types"):
-        fields["layer_types"] = [pattern[layer % len(pattern)] for layer in range(num_layers)]
-    model = AutoModelForCausalLM.from_config(
+    """The model whose weights `make_checkpoint` saves: the library's own."""
+    if family in _ENCODER_DECODER_FAMILIES:
+        fields = _ENCODER_DECODER_FAMILIES[family](num_layers)
+        loader = AutoModelForSeq2SeqLM
+    else:
+        fields = _decoder_fields(family, num_layers)
+        loader = AutoModelForCausalLM
+    model = loader.from_config(
         AutoConfig.for_model(family, **{**fields, "eos_token_id": None, **config}), dtype=dtype
     )
     assert isinstance(model, PreTrainedModel)
     _randomise(model, torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def _decoder_fields(family: str, num_layers: int) -> dict[str, Any]:
+    fields = {**_COMMON, **{**_FAMILIES, **_UNSUPPORTED_FAMILIES}[family], "num_hidden_layers": num_layers}
+    if pattern := fields.get("layer_types"):
+        fields["layer_types"] = [pattern[layer % len(pattern)] for layer in range(num_layers)]
+    return fields
 
 
 @torch.no_grad()

@@ -10,24 +10,31 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from actors.executor.decoder import Decoder, HostDecoder
 from actors.executor.device_memory import CudaMeter, measure_memory, slots_that_fit
+from actors.executor.drivers import cache_bytes, new_passes, new_prefetcher, new_runner
+from actors.executor.encoder_decoder import EncoderDecoderRunner
 from actors.executor.engine import Engine, EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import ExpertSource
 from actors.executor.gpu.page_state import EVICTION_ORDERS
 from actors.executor.host_pager import HostPager
-from actors.executor.model_loader import SlotModel, attach_slots, load_dense_model
-from actors.executor.pager import Pager
-from actors.executor.passes import Pass
+from actors.executor.model_loader import attach_slots, load_dense_model
+from actors.executor.packed_encoder import has_encoder
+from actors.executor.pager import NEXT_GATE, Pager
 from actors.executor.predicted_routing import PredictedRouting
-from actors.executor.prefetcher import Prefetcher, QueueingPrefetcher, ThreadedPrefetcher
-from actors.executor.prompts import HostPrompts, PromptReader
-from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.predictors import chosen_predictor, given_lookahead, new_lookahead
+from actors.executor.resident_set import (
+    PinnedExperts,
+    count_pinned,
+    load_pinned,
+    most_used,
+    recorded_counts,
+)
 from actors.executor.slots import SlotPool
 from actors.executor.warm_up import Residents, warm_up
+from actors.predictor.decoding import DecodingPredictor
 from actors.predictor.hash_function import find_hash_function, load_hash_function
-from common.architecture import MoeArchitecture, describe_architecture, find_experts_modules
+from common.architecture import MoeArchitecture, describe_architecture
 from common.config import ServingConfig
 from common.errors import ConfigError, HostRegistrationError
 from common.expert_layout import ExpertLayout
@@ -39,12 +46,14 @@ def build_engine(
     source: ExpertSource,
     logger: logging.Logger | None = None,
     peers: Sequence[Residents] = (),
+    predictor: DecodingPredictor | None = None,
 ) -> Engine:
     """An engine that has run one pass and waits to be started.
 
     Args:
         logger: gets one line about what was built.
         peers: what other executors hold, to begin with.
+        predictor: on a CPU in the place of the configured one; for comparison.
     Raises:
         CheckpointError, UnsupportedModelError: the model cannot be loaded or driven.
         ConfigError, SlotsTooFewError: the settings do not fit the model.
@@ -54,6 +63,7 @@ def build_engine(
     architecture = describe_architecture(config.model)
     device = torch.device(_resolve_device(config.device))
     check_eviction(config.eviction, device)
+    predictor_name, counts = chosen_predictor(config, device.type), recorded_counts(config)
     dtype = config.compute_dtype(device.type, source.layout.dtype)
     layout = source.layout.with_dtype(dtype)
     limits = EngineLimits(
@@ -71,20 +81,35 @@ def build_engine(
     model = load_dense_model(config.model, dtype, device)
     if num_slots is None:
         num_slots = auto_slots(config, model, architecture, layout, limits, max_tokens, logger)
-    slot_model = attach_slots(model, layout, num_slots, partial(new_pager, config, source, device))
+    num_pinned = count_pinned(config, num_slots, architecture.num_experts, architecture.top_k)
+    pinned = most_used(counts, num_pinned) if counts is not None and num_pinned else ()
+    slot_model = attach_slots(model, layout, num_slots, partial(new_pager, config, source, device, pinned))
     routing = _predicted_routing(config) if config.routing == "predicted" else None
-    runner = ModelRunner(slot_model, limits.max_batch_size + 1, max_tokens)
-    # Allocates the KV cache, and fails here rather than for a user.
-    runner.run([RowInput(0, 0, (0,))], Pass(1))
+    runner = new_runner(slot_model, limits.max_batch_size, max_tokens)
+    load_pinned(slot_model.pager, pinned)
     if peers:
         warm_up_softly(slot_model.pager, peers, logger)
+    lookahead = (
+        new_lookahead(predictor_name, slot_model, architecture, counts)
+        if predictor is None
+        else given_lookahead(predictor, slot_model)
+    )
     prompts, decoder = new_passes(
-        slot_model, runner, limits.max_batch_size, architecture.top_k, routing, config.prefetch, logger
+        slot_model,
+        runner,
+        limits,
+        architecture.top_k,
+        routing,
+        predictor_name == NEXT_GATE,
+        logger,
+        lookahead,
     )
     logger.info(
-        "Executor ready in %.1f s: %s on %s in %s, %d of %d experts per layer in slots (%.2f GB), KV cache %.2f GB",
+        "Executor ready in %.1f s: %s on %s in %s, %d of %d experts per layer in slots (%.2f GB), %d of them pinned, "
+        "KV cache %.2f GB, decode_predictor=%s",
         time.perf_counter() - started, config.served_name, device, dtype, num_slots, architecture.num_experts,
-        num_slots * architecture.num_layers * layout.slab_bytes / 1e9, runner.cache.num_bytes() / 1e9,
+        num_slots * architecture.num_layers * layout.slab_bytes / 1e9, num_pinned, cache_bytes(runner) / 1e9,
+        predictor_name,
     )  # fmt: skip
     return Engine(
         prompts,
@@ -95,6 +120,8 @@ def build_engine(
         tokenizer=_fast_tokenizer(config.model),
         eos_ids=eos_ids(slot_model.model),
         prefetcher=new_prefetcher(slot_model, prompts) if config.prefetch else None,
+        prefix=runner.prefix if isinstance(runner, EncoderDecoderRunner) else None,
+        lookahead=lookahead,
     )
 
 
@@ -129,7 +156,7 @@ def auto_slots(
     if model.device.type != "cuda":
         # All experts lie in this memory already, and a slot is a second copy.
         return max(architecture.top_k, architecture.num_experts // 2)
-    on_device = config.routing == "exact"
+    on_device = config.routing == "exact" and not has_encoder(model)
     memory = measure_memory(
         model, architecture, layout, limits, max_tokens, on_device, CudaMeter(model.device)
     )
@@ -151,22 +178,28 @@ def new_pager(
     config: ServingConfig,
     source: ExpertSource,
     device: torch.device,
+    pinned: PinnedExperts,
     pools: Sequence[SlotPool],
     num_experts: int,
 ) -> Pager:
     """A device pager where the device reads the source's memory, else one that the host drives."""
     if device.type == "cuda":
         try:
-            return new_device_pager(source, pools, num_experts, config.eviction)
+            return new_device_pager(source, pools, num_experts, config.eviction, pinned)
         except (HostRegistrationError, ValueError) as error:
             logging.getLogger(__name__).warning(
                 "The host drives paging, without CUDA graphs and several times slower: %s", error
             )
-    return HostPager(source, pools, num_experts, EVICTION_POLICIES[config.eviction], device)
+    policy = EVICTION_POLICIES[config.eviction]
+    return HostPager(source, pools, num_experts, policy, device, pinned=pinned)
 
 
 def new_device_pager(
-    source: ExpertSource, pools: Sequence[SlotPool], num_experts: int, eviction: str
+    source: ExpertSource,
+    pools: Sequence[SlotPool],
+    num_experts: int,
+    eviction: str,
+    pinned: PinnedExperts = (),
 ) -> Pager:
     """
     Raises:
@@ -177,71 +210,10 @@ def new_device_pager(
     from actors.executor.gpu.pager import DevicePager
 
     experts = HostExperts(source, len(pools), num_experts, pools[0].elements.device)
-    pager = DevicePager(source, pools, num_experts, experts, eviction)
+    pager = DevicePager(source, pools, num_experts, experts, eviction, pinned=pinned)
     if pager.holds_all:
         pager.load_all()
     return pager
-
-
-def new_passes(
-    slot_model: SlotModel,
-    runner: ModelRunner,
-    num_rows: int,
-    top_k: int,
-    routing: PredictedRouting | None = None,
-    prefetch: bool = True,
-    logger: logging.Logger | None = None,
-) -> tuple[PromptReader, Decoder]:
-    """How prompts are read and tokens generated: in passes that page by themselves, decode steps captured, where the
-    device can page. Routing by tables needs the host at every pass.
-
-    Args:
-        runner: has run a pass, so that its cache is allocated.
-    """
-    if isinstance(slot_model.pager, HostPager) or routing is not None:
-        return HostPrompts(runner, routing), HostDecoder(runner, routing)
-    from actors.executor.gpu.device_prompts import DevicePrompts
-    from actors.executor.gpu.fused_model import FusedModel, fuses
-    from actors.executor.gpu.graph_decoder import DecodeStep, GraphDecoder, NotCapturableError
-    from actors.executor.gpu.library_step import LibraryStep
-    from actors.executor.gpu.pager import DevicePager
-    from actors.executor.gpu.slot_experts import kernels_fit
-
-    assert isinstance(slot_model.pager, DevicePager)
-    model, cache, clock = slot_model.model, runner.cache, slot_model.clock
-    step: DecodeStep = LibraryStep(model, cache)
-    prompts: PromptReader = HostPrompts(runner)
-    if fuses(model):
-        fused = FusedModel(model, cache, clock)
-        step, prompts = fused.decode, DevicePrompts(slot_model, runner, fused.prefill, prefetch)
-    elif all(map(kernels_fit, find_experts_modules(model).values())):
-        prompts = DevicePrompts(slot_model, runner, None, prefetch)
-    decoder = GraphDecoder(
-        step, slot_model.pager, clock, num_rows, runner.max_tokens, top_k, model.device, prefetch
-    )
-    logger = logger or logging.getLogger(__name__)
-    try:
-        decoder.capture(logger)
-    except NotCapturableError as error:
-        logger.warning("The host drives decoding, without CUDA graphs and several times slower: %s", error)
-        return HostPrompts(runner), HostDecoder(runner)
-    if isinstance(prompts, DevicePrompts):
-        prompts.warm_up()
-    return prompts, decoder
-
-
-def new_prefetcher(slot_model: SlotModel, prompts: PromptReader) -> Prefetcher:
-    """Of the kind that goes with the way prompts are read."""
-    pager, clock = slot_model.pager, slot_model.clock
-    if isinstance(pager, HostPager):
-        return ThreadedPrefetcher(pager, clock)
-    if isinstance(prompts, HostPrompts):
-        return QueueingPrefetcher(pager, clock)
-    from actors.executor.gpu.device_prefetcher import DevicePrefetcher
-    from actors.executor.gpu.pager import DevicePager
-
-    assert isinstance(pager, DevicePager)
-    return DevicePrefetcher(pager, clock)
 
 
 def _predicted_routing(config: ServingConfig) -> PredictedRouting:
@@ -255,7 +227,8 @@ def _predicted_routing(config: ServingConfig) -> PredictedRouting:
 
 def eos_ids(model: PreTrainedModel) -> frozenset[int]:
     """The tokens that end a sequence: the generation config's, else the model config's."""
-    of_generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    generation_config = getattr(model, "generation_config", None)  # a classifier has none
+    of_generation = None if generation_config is None else generation_config.eos_token_id
     found = of_generation if of_generation is not None else model.config.get_text_config().eos_token_id
     if found is None:
         return frozenset()

@@ -68,4 +68,5 @@ def merge_chunks(chunks: Sequence[GenerationChunk]) -> GenerationChunk:
         finish_reason=last.finish_reason,
         experts=last.experts,
         timings=last.timings,
+        label_logits=last.label_logits,
     )

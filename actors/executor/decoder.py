@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.executor.lookahead import Lookahead
 from actors.executor.passes import Pass
 from actors.executor.predicted_routing import PredictedRouting
-from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.runner import RowInput
 from actors.executor.sampler import sample
 from actors.executor.sequence import Sequence
 from common.generation import TokenLogprobs
@@ -18,10 +19,11 @@ from common.generation import TokenLogprobs
 
 @dataclass(frozen=True)
 class Drawn:
-    """A sequence's next token; None where the model's logits were not numbers."""
+    """A sequence's next token, or a classifier's logits; neither where the model's logits were not numbers."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
+    label_logits: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,26 +68,43 @@ class _Finished:
         return self.outcome
 
 
+class StepRunner(Protocol):
+    def run(self, inputs: SequenceOf[RowInput], pass_: Pass) -> Tensor:
+        """As `ModelRunner.run`, for one token of each row."""
+
+
 class HostDecoder:
     """Steps that the host drives layer by layer.
 
     Args:
         routing: replaces the routers' choice; None lets them decide.
+        lookahead: copies experts of coming layers meanwhile.
     """
 
     runs_ahead = False
 
-    def __init__(self, runner: ModelRunner, routing: PredictedRouting | None = None) -> None:
-        self._runner, self._routing = runner, routing
+    def __init__(
+        self,
+        runner: StepRunner,
+        routing: PredictedRouting | None = None,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        self._runner, self._routing, self._lookahead = runner, routing, lookahead
 
     def first(self, sequences: SequenceOf[Sequence], logits: Tensor) -> SequenceOf[Drawn]:
         return _draw(sequences, logits)
 
     def launch(self, batch: SequenceOf[Sequence]) -> PendingStep:
-        pass_ = Pass(len(batch), self._routing.of_batch(batch) if self._routing else None)
+        followed = None if self._lookahead is None else self._lookahead.follow([s.request_id for s in batch])
+        pass_ = Pass(
+            len(batch),
+            self._routing.of_batch(batch) if self._routing else None,
+            after_routing=None if followed is None else followed.routed,
+        )
         inputs = [RowInput(s.row, s.num_computed, (s.generated[-1],)) for s in batch]
         logits = self._runner.run(inputs, pass_)
-        return _Finished(StepResult(_draw(batch, logits), pass_.needed, pass_.missed, pass_.fetched))
+        fetched = pass_.fetched if followed is None else pass_.fetched + followed.num_copied
+        return _Finished(StepResult(_draw(batch, logits), pass_.needed, pass_.missed, fetched))
 
     def idle(self) -> None:
         pass

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from actors.executor.drivers import cache_bytes, new_encoder_runner
+from actors.executor.encoder_decoder import EncoderDecoderRunner
 from actors.executor.engine import EngineLimits
 from actors.executor.model_loader import SlotModel
+from actors.executor.packed_encoder import SourcePass, has_encoder
 from actors.executor.pager import Pager
 from actors.executor.passes import Pass, PassClock
 from actors.executor.runner import ModelRunner, RowInput
@@ -127,11 +130,12 @@ def measure_memory(
     Args:
         model: without slots; afterwards it has no experts implementation until `attach_slots` gives it one.
         layout: of an expert in its slot.
-        on_device: steps page and decode on the device, in graphs; otherwise the host drives them.
+        on_device: steps page and decode on the device, in graphs; otherwise the host drives them. Never with an encoder.
     Raises:
         ConfigError: the device cannot hold a single sequence.
     """
-    chunk = min(limits.prefill_chunk_tokens, max_tokens)
+    reads_whole = has_encoder(model)
+    chunk = (max if reads_whole else min)(limits.prefill_chunk_tokens, max_tokens)
     rows = limits.max_batch_size if not on_device else _widest_graph(limits.max_batch_size)
     model.set_experts_implementation(_NO_EXPERTS)
     try:
@@ -152,7 +156,8 @@ def measure_memory(
         + _VALUES_PER_LOGIT * _FLOAT_BYTES * rows * architecture.vocab_size
     )
     free_bytes, total_bytes = meter.free_and_total_bytes()
-    return DeviceMemory(total_bytes, free_bytes, (limits.max_batch_size + 1) * row_bytes, passes_bytes)
+    num_cache_rows = limits.max_batch_size + (0 if reads_whole else 1)
+    return DeviceMemory(total_bytes, free_bytes, num_cache_rows * row_bytes, passes_bytes)
 
 
 def _run_dry(
@@ -167,28 +172,30 @@ def _run_dry(
     """Returns: the bytes of a cache row, and of a prompt chunk and a step together: steps interrupt prompts, and graphs
     keep their memory.
     """
-    run = _DryRun(model, num_layers, max_tokens)
-    run.host_pass(1, 1)  # allocates the row, and loads what the first pass loads
-    prompt_bytes = meter.peak_bytes(lambda: run.host_pass(1, chunk))
-    step_bytes = meter.peak_bytes(lambda: run.device_step(rows) if on_device else run.host_pass(rows, 1))
+    slot_model = SlotModel(model, cast(Pager, _NoPager()), PassClock(num_layers))
+    run = (_EncoderDryRun if has_encoder(model) else _DryRun)(slot_model, max_tokens)
+    run.prompt(1)  # allocates the row, and loads what the first pass loads
+    prompt_bytes = meter.peak_bytes(lambda: run.prompt(chunk))
+    step_bytes = meter.peak_bytes(lambda: run.device_step(rows) if on_device else run.step(rows))
     return run.row_bytes, prompt_bytes + step_bytes
 
 
 class _DryRun:
     """Passes at the end of a full context. All sequences share one cache row; what they compute is worth nothing."""
 
-    def __init__(self, model: PreTrainedModel, num_layers: int, max_tokens: int) -> None:
-        self._model, self._max_tokens = model, max_tokens
-        slot_model = SlotModel(model, cast(Pager, _NoPager()), PassClock(num_layers))
+    def __init__(self, slot_model: SlotModel, max_tokens: int) -> None:
+        self._model, self._max_tokens = slot_model.model, max_tokens
         self._runner = ModelRunner(slot_model, 1, max_tokens)
 
     @property
     def row_bytes(self) -> int:
         return self._runner.cache.num_bytes()
 
-    def host_pass(self, num_rows: int, num_tokens: int) -> Tensor:
-        row = RowInput(0, self._max_tokens - num_tokens, (0,) * num_tokens)
-        return self._runner.run([row] * num_rows, Pass(num_rows))
+    def prompt(self, num_tokens: int) -> Tensor:
+        return self._runner.run([RowInput(0, self._max_tokens - num_tokens, (0,) * num_tokens)], Pass(1))
+
+    def step(self, num_rows: int) -> Tensor:
+        return self._runner.run([RowInput(0, self._max_tokens - 1, (0,))] * num_rows, Pass(num_rows))
 
     def device_step(self, num_rows: int) -> Tensor:
         # Here, because Triton is installed with CUDA builds of torch only.
@@ -197,6 +204,34 @@ class _DryRun:
         zeros = torch.zeros(num_rows, dtype=torch.int64, device=self._model.device)
         # The library's, which every family has; fused ones hold less.
         return LibraryStep(self._model, self._runner.cache)(zeros, zeros + (self._max_tokens - 1), zeros)
+
+
+class _EncoderDryRun:
+    """The same of a model with an encoder, which reads as many sources as make up the tokens of a pass."""
+
+    def __init__(self, slot_model: SlotModel, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._runner = new_encoder_runner(slot_model, 1, max_tokens)
+
+    @property
+    def row_bytes(self) -> int:
+        return cache_bytes(self._runner)
+
+    def prompt(self, num_tokens: int) -> Tensor:
+        starts = range(0, num_tokens, self._max_tokens)
+        lengths = [min(self._max_tokens, num_tokens - start) for start in starts]
+        return self._runner.read(
+            [0] * len(lengths), [(0,) * length for length in lengths], SourcePass(lengths)
+        )
+
+    def step(self, num_rows: int) -> Tensor | None:
+        if not isinstance(self._runner, EncoderDecoderRunner):
+            return None
+        last = RowInput(0, 2 * self._max_tokens - 1, (0,))
+        return self._runner.run([last] * num_rows, Pass(num_rows))
+
+    def device_step(self, num_rows: int) -> Tensor:
+        raise NotImplementedError("the host drives models with an encoder")
 
 
 class _NoPager:

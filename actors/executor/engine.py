@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from actors.executor.decoder import Decoder, Drawn, PendingStep
+from actors.executor.lookahead import Lookahead
 from actors.executor.pager import Activity, Pager
 from actors.executor.passes import PassClock
 from actors.executor.prefetcher import Prefetcher, plan_prefetch
@@ -48,7 +50,9 @@ class Engine:
         prompts: reads prompts; `decoder` generates from them.
         tokenizer: None for a model without one; texts are empty then.
         eos_ids: tokens that end a sequence.
-        prefetcher: None to fetch on demand only.
+        prefix: the tokens that completions continue; None: their prompts.
+        prefetcher: works off what hash tables name; None to do without.
+        lookahead: copies what coming layers need while a pass computes; None to do without.
     """
 
     def __init__(
@@ -61,10 +65,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_ids: frozenset[int] = frozenset(),
         prefetcher: Prefetcher | None = None,
+        prefix: SequenceOf[int] | None = None,
+        lookahead: Lookahead | None = None,
     ) -> None:
         self._prompts, self._decoder, self._pager, self._clock = prompts, decoder, pager, clock
         self._limits, self._tokenizer, self._eos_ids = limits, tokenizer, eos_ids
-        self._prefetcher = prefetcher
+        self._prefetcher, self._prefix, self._lookahead = prefetcher, prefix, lookahead
         self._changed = threading.Condition()  # guards the next five, and each sequence's table
         self._sequences: dict[str, Sequence] = {}  # every unfinished one
         self._waiting: deque[Sequence] = deque()
@@ -82,8 +88,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.start()
+        for ahead in (self._prefetcher, self._lookahead):
+            if ahead is not None:
+                ahead.start()
         self._thread.start()
 
     def stop(self, reason: str = "it was shut down") -> None:
@@ -93,8 +100,9 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        if self._prefetcher is not None:
-            self._prefetcher.stop()
+        for ahead in (self._prefetcher, self._lookahead):
+            if ahead is not None:
+                ahead.stop()
         self._pager.close()
 
     def check_health(self) -> None:
@@ -112,7 +120,7 @@ class Engine:
             QueueFullError: too many requests wait for a row.
             EngineStoppedError: the engine takes no more requests.
         """
-        sequence = Sequence.of(request, sink, self._tokenizer)
+        sequence = Sequence.of(request, sink, self._tokenizer, self._prefix)
         with self._changed:
             self.check_health()
             num_queued = len(self._waiting) - len(self._free_rows)  # the others start with the next step
@@ -141,7 +149,7 @@ class Engine:
                 return
             table.check_fits(
                 self._pager.source.model_fingerprint,
-                self._clock.num_layers,
+                self._clock.num_predicted_layers,
                 self._pager.num_experts,
                 sequence.num_prompt_tokens,
             )
@@ -167,6 +175,7 @@ class Engine:
             slots_per_layer=self._pager.num_slots,
             num_experts=self._pager.num_experts,
             layers=tuple(layers),
+            prefetches=self._pager.prefetches(),
             hash_tables={kind: self._tables[kind] for kind in ("on_time", "late", "lost", "unusable")},
             num_running=len(self._prefilling) + len(self._decoding),
             num_waiting=len(self._waiting),
@@ -237,13 +246,19 @@ class Engine:
         while waiting and budget > 0:
             chunks: list[PromptChunk] = []
             while waiting and budget > 0:
-                chunk = PromptChunk.next_of(waiting[0], budget)
+                chunk = self._next_chunk(waiting[0], budget)
                 if not self._prompts.joins(chunk, chunks):
                     break
                 waiting.popleft()
                 chunks.append(chunk)
                 budget -= chunk.num_tokens
             self._read(chunks)
+            if self._prompts.reads_whole:
+                return  # what did not join is more than is left of the budget
+
+    def _next_chunk(self, sequence: Sequence, max_tokens: int) -> PromptChunk:
+        whole = self._prompts.reads_whole
+        return PromptChunk.next_of(sequence, sequence.num_prompt_tokens if whole else max_tokens)
 
     def _read(self, chunks: list[PromptChunk]) -> None:
         """One pass over chunks of different sequences."""
@@ -254,9 +269,8 @@ class Engine:
                 self._under_way = chunks
                 for chunk in chunks:
                     self._plan(chunk, pass_number=self._clock.passes_begun)
-                    if not self._decoding:
-                        following = chunk.next(self._limits.prefill_chunk_tokens)
-                        self._plan(following, self._clock.passes_begun + 1)
+                for chunk in () if self._decoding else self._following(chunks):
+                    self._plan(chunk, self._clock.passes_begun + 1)
             result = self._prompts.read(chunks, self._after_prompt_layer, paced=bool(self._decoding))
             ends = [index for index, chunk in enumerate(chunks) if chunk.is_last]
             complete = [chunks[index].sequence for index in ends]
@@ -278,6 +292,20 @@ class Engine:
             self._prefilling.remove(sequence)
             self._decoding.append(sequence)
             self._take_token(sequence, first)
+
+    def _following(self, chunks: list[PromptChunk]) -> list[PromptChunk]:
+        """What the pass after one over `chunks` will read. The caller holds the lock."""
+        if not self._prompts.reads_whole:
+            return [chunk.next(self._limits.prefill_chunk_tokens) for chunk in chunks]
+        under_way, following = [chunk.sequence for chunk in chunks], list[PromptChunk]()
+        for sequence in (*self._prefilling, *self._waiting):
+            if sequence in under_way:
+                continue
+            chunk = self._next_chunk(sequence, self._limits.prefill_chunk_tokens)
+            if not self._prompts.joins(chunk, following):
+                break
+            following.append(chunk)
+        return following
 
     def _after_prompt_layer(self, layer: int) -> None:
         """Prefetch for the next layer, and let running streams go on if they have waited long enough."""
@@ -308,7 +336,7 @@ class Engine:
             if (
                 self._prefilling and not self._decoder.runs_ahead
             ):  # the step is a pass, and the chunk's the next
-                chunk = PromptChunk.next_of(self._prefilling[0], self._limits.prefill_chunk_tokens)
+                chunk = self._next_chunk(self._prefilling[0], self._limits.prefill_chunk_tokens)
                 with self._changed:
                     self._plan(chunk, self._clock.passes_begun + 1)
             step = self._decoder.launch(batch)
@@ -354,11 +382,14 @@ class Engine:
 
     def _take_token(self, sequence: Sequence, drawn: Drawn) -> None:
         """Pass a token on, and forget the sequence if it was the last."""
-        if drawn.token_id is None:
+        if drawn.label_logits is not None:
+            chunk = sequence.classify(drawn.label_logits)
+        elif drawn.token_id is not None:
+            self._tokens["generated"] += 1
+            chunk = sequence.append(drawn.token_id, drawn.logprobs, self._eos_ids)
+        else:
             self._fail(sequence, NonFiniteLogitsError(sequence.num_computed))
             return
-        self._tokens["generated"] += 1
-        chunk = sequence.append(drawn.token_id, drawn.logprobs, self._eos_ids)
         if chunk.finish_reason is not None:
             self._retire(sequence)  # before anybody learns of it
         sequence.sink.put(chunk)
@@ -385,8 +416,9 @@ class Engine:
         """Forget a finished, failed or cancelled sequence and free its row."""
         sequence.is_retired = True
         if (score := sequence.score()) is not None:
-            self._named += score.num_named
-            self._chosen += score.num_chosen
+            layers = slice(len(score.num_named))
+            self._named[layers] += score.num_named
+            self._chosen[layers] += score.num_chosen
         with self._changed:
             del self._sequences[sequence.request_id]
             for group in (self._waiting, self._prefilling, self._decoding):
@@ -396,3 +428,5 @@ class Engine:
                 num_running = self._limits.max_batch_size - len(self._free_rows)
                 self._free_rows.append(sequence.row)
                 self._pager.requests_ended(1 / num_running)
+        if self._lookahead is not None:
+            self._lookahead.end_request(sequence.request_id)

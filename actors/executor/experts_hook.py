@@ -50,9 +50,11 @@ class SlotExperts:
         needed = np.bincount(ids.numpy().reshape(-1)).nonzero()[0]  # `unique` takes 5 times as long
         some_miss = not resident[needed].all()
         running.record(ids.numpy(), resident, self._pager.loading(self._layer) if some_miss else resident)
+        if running.after_routing is not None:
+            running.after_routing(self._layer, running.by_sequence(ids.numpy()))
         if some_miss and isinstance(self._pager, HostPager) and hidden.device.type == "cpu":
             output = self._one_by_one(self._pager, hidden, ids, topk_weights, needed)
-        elif len(needed) <= self._pager.num_slots:
+        elif self._pager.fits(self._layer, needed):
             output = self._single_wave(experts, hidden, ids, topk_weights, needed)
         else:
             waves = _split(needed, resident, self._pager.wave_size)

@@ -1,10 +1,11 @@
 """Demand paging of experts, driven by the host for any device: page tables, victims, counters. Copies are SlotPool's.
 
-Two threads call it: the engine's (`reading`, `streaming`) and the prefetcher's (`prefetch`). The rule both obey: a slot
-that the running step reads is never a victim, and a slot is never read before its copy is complete.
+The engine's thread reads (`reading`, `streaming`), those of the prefetcher and the lookahead copy ahead (`prefetch`). The
+rule they obey: a slot that the running step reads is never a victim, and a slot is never read before its copy is complete.
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 from actors.executor.eviction import EvictionPolicy
 from actors.executor.expert_source import ExpertSource
 from actors.executor.gpu.host_memory import PinnedRing
-from actors.executor.pager import ABSENT, Activity, LayerCounters
+from actors.executor.pager import ABSENT, HASH_FUNCTION, Activity, LayerCounters, PrefetchCounts
 from actors.executor.slots import SlotPool
 
 
@@ -30,10 +31,12 @@ class _Layer:
     uses: list[int]
     misses: list[int]
     changed: threading.Condition = field(default_factory=threading.Condition)
-    loading: set[int] = field(default_factory=set)  # expert ids that the prefetcher copies now
+    loading: set[int] = field(default_factory=set)  # expert ids that are copied ahead now
     reading: frozenset[int] = frozenset()  # expert ids that the running step reads
     step_waits: bool = False  # for a slot; prefetching must not take the next one
-    unused_prefetches: set[int] = field(default_factory=set)
+    pinned: frozenset[int] = frozenset()  # expert ids that are no victims
+    unused_prefetches: dict[int, str] = field(default_factory=dict)  # expert id -> who asked
+    prefetches: defaultdict[str, PrefetchCounts] = field(default_factory=lambda: defaultdict(PrefetchCounts))
     counters: LayerCounters = field(default_factory=LayerCounters)
     read_done: torch.cuda.Event | None = None  # the device has finished the layer's last read
 
@@ -44,6 +47,7 @@ class HostPager:
     Args:
         pools: one per MoE layer, all with the same number of slots.
         poison_free_slots: fill slots with NaN when they are free; for tests.
+        pinned: of each layer the experts that keep their slots once they have one, fewer than there are slots.
     """
 
     def __init__(
@@ -54,15 +58,21 @@ class HostPager:
         new_policy: Callable[[], EvictionPolicy],
         device: torch.device,
         poison_free_slots: bool = False,
+        pinned: Sequence[Collection[int]] = (),
     ) -> None:
         self.source = source
         self.num_slots = pools[0].num_slots
         self.num_experts = num_experts
         self._layers = [
             _Layer(
-                pool, new_policy(), list(range(self.num_slots))[::-1], [0] * num_experts, [0] * num_experts
+                pool,
+                new_policy(),
+                list(range(self.num_slots))[::-1],
+                [0] * num_experts,
+                [0] * num_experts,
+                pinned=frozenset(experts),
             )
-            for pool in pools
+            for pool, experts in zip(pools, pinned or [()] * len(pools), strict=True)
         ]
         self._poison = poison_free_slots
         if poison_free_slots:
@@ -77,7 +87,15 @@ class HostPager:
 
     @property
     def wave_size(self) -> int:
-        return self.num_slots
+        return self.num_slots - max(len(state.pinned) for state in self._layers)
+
+    def fits(self, layer: int, expert_ids: NDArray[np.int64]) -> bool:
+        return self._fits(self._layers[layer], expert_ids.tolist())
+
+    def _fits(self, state: _Layer, expert_ids: Sequence[int]) -> bool:
+        if len(expert_ids) > self.num_slots:
+            return False
+        return len(state.pinned.union(expert_ids)) <= self.num_slots
 
     def close(self) -> None:
         pass
@@ -109,6 +127,14 @@ class HostPager:
     def counters(self, layer: int) -> LayerCounters:
         return self._layers[layer].counters
 
+    def prefetches(self) -> dict[str, PrefetchCounts]:
+        totals: defaultdict[str, PrefetchCounts] = defaultdict(PrefetchCounts)
+        for state in self._layers:
+            with state.changed:
+                for by, counts in state.prefetches.items():
+                    totals[by] += counts
+        return dict(totals)
+
     def activity(self) -> Activity:
         slot_of = np.empty_like(self._slot_of)
         unused, uses, misses = (
@@ -124,7 +150,7 @@ class HostPager:
 
     @contextmanager
     def reading(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Tensor]:
-        assert len(expert_ids) <= self.num_slots
+        assert self._fits(self._layers[layer], expert_ids)
         if self.num_slots == self.num_experts and (self._slot_of[layer, expert_ids] != ABSENT).all():
             with self._layers[layer].changed:
                 self._count(self._layers[layer], expert_ids, missing=())
@@ -139,7 +165,7 @@ class HostPager:
     def streaming(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Iterator[tuple[int, int]]]:
         """Let the body read any number of experts: first those in slots, then each of the others when it is copied.
 
-        Not more experts than slots stay in their slots to the end. With more of them, what finds no slot passes through
+        Experts that fit stay in their slots to the end. With more of them, what finds no slot passes through
         one: there it lies until the next one is asked for. The others stay for the next pass.
 
         Args:
@@ -158,7 +184,7 @@ class HostPager:
     def _stream(
         self, layer: int, state: _Layer, expert_ids: Sequence[int]
     ) -> Generator[tuple[int, int], None, None]:
-        passing = len(expert_ids) > self.num_slots
+        passing = not self._fits(state, expert_ids)
         with state.changed:
             state.reading = frozenset(expert_ids)
             slots = dict(zip(expert_ids, self._slot_of[layer, expert_ids].tolist(), strict=True))
@@ -188,7 +214,9 @@ class HostPager:
     ) -> Generator[tuple[int, int], None, None]:
         """Bring experts one by one into one slot, in which the last one stays."""
         assert self._copy_stream is None, "a device may still read the expert before"
-        slot = self._wait_for_slot(layer, state, keep=())  # whatever has a slot has been read
+        slot = self._wait_for_slot(
+            layer, state, keep=()
+        )  # whatever has a slot has been read, but pinned ones stay
         try:
             for expert_id in expert_ids[:-1]:
                 self._write(state.pool, slot, self.source.fetch(layer, expert_id))
@@ -213,8 +241,9 @@ class HostPager:
 
     def _count_used_prefetches(self, state: _Layer, expert_ids: Sequence[int]) -> None:
         if state.unused_prefetches:
-            state.counters.prefetched_used += len(state.unused_prefetches.intersection(expert_ids))
-            state.unused_prefetches.difference_update(expert_ids)
+            for expert_id in state.unused_prefetches.keys() & set(expert_ids):
+                state.counters.prefetched_used += 1
+                state.prefetches[state.unused_prefetches.pop(expert_id)].used += 1
 
     def _wait_for_slot(self, layer: int, state: _Layer, keep: Collection[int]) -> int:
         """A slot without an expert of `keep`, even if the prefetcher has to fill it first."""
@@ -236,7 +265,7 @@ class HostPager:
     def load_ahead(self, layer: int, expert_ids: Sequence[int]) -> None:
         pass  # a copy would end before the compute that it should run beside begins
 
-    def prefetch(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
+    def prefetch(self, layer: int, expert_id: int, keep: Collection[int], by: str = HASH_FUNCTION) -> bool:
         state = self._layers[layer]
         with state.changed:
             # What the running step reads it also fetches; two copies of one expert would lose a slot.
@@ -251,14 +280,19 @@ class HostPager:
             self._copy(layer, state, expert_id, slots[0])
         with state.changed:
             state.counters.prefetched += 1
-            state.unused_prefetches.add(expert_id)
+            state.prefetches[by].copied += 1
+            state.unused_prefetches[expert_id] = by
         return True
 
     def _take_slots(self, layer: int, state: _Layer, count: int, keep: Collection[int]) -> list[int]:
         """At most `count` slots: free ones, then those of the first victims outside `keep`. The caller holds the lock."""
         slots = [state.free_slots.pop() for _ in range(min(count, len(state.free_slots)))]
         if len(slots) < count:
-            victims = [expert_id for expert_id in state.policy.victims() if expert_id not in keep]
+            victims = [
+                expert_id
+                for expert_id in state.policy.victims()
+                if expert_id not in keep and expert_id not in state.pinned
+            ]
             slots += [self._evict(layer, state, victim) for victim in victims[: count - len(slots)]]
         return slots
 
@@ -267,8 +301,9 @@ class HostPager:
         slot = int(self._slot_of[layer, victim])
         self._slot_of[layer, victim] = ABSENT
         state.policy.evicted(victim)
-        state.counters.prefetched_wasted += victim in state.unused_prefetches
-        state.unused_prefetches.discard(victim)
+        if (by := state.unused_prefetches.pop(victim, None)) is not None:
+            state.counters.prefetched_wasted += 1
+            state.prefetches[by].wasted += 1
         state.counters.evictions += 1
         return slot
 

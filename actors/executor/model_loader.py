@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as library_logging
 
 from actors.executor.experts_hook import EXPERTS_IMPLEMENTATION, SlotExperts
@@ -21,7 +21,14 @@ from actors.executor.families import check_supported
 from actors.executor.pager import Pager
 from actors.executor.passes import PassClock
 from actors.executor.slots import SlotPool
-from common.architecture import find_experts_modules, load_config, meta_model, per_expert_shapes
+from common.architecture import (
+    count_encoder_layers,
+    find_experts_modules,
+    load_config,
+    meta_model,
+    model_class,
+    per_expert_shapes,
+)
 from common.errors import CheckpointError
 from common.expert_layout import ExpertLayout
 
@@ -62,7 +69,7 @@ def attach_slots(
     num_experts = next(iter(experts.values())).num_experts
     assert isinstance(num_experts, int)
     pager = new_pager(pools, num_experts)
-    clock = PassClock(len(experts))
+    clock = PassClock(len(experts), count_encoder_layers(experts))
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     for layer, (module, pool) in enumerate(zip(experts.values(), pools, strict=True)):
         _give_slots(module, pool)
@@ -75,7 +82,7 @@ def _load_dense(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     check_supported(config, folder)
     classes = {type(module) for module in find_experts_modules(meta_model(config, folder)).values()}
     with _without_expert_tensors(classes), _quiet_library():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION, output_loading_info=True
         )
     problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info[kind]}

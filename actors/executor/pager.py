@@ -13,6 +13,10 @@ from actors.executor.expert_source import ExpertSource
 
 ABSENT = -1  # instead of a slot
 
+# Who asks for copies ahead of need, beside the decoding predictors, which go by their names in the configuration.
+HASH_FUNCTION, WARM_UP, RESIDENT_SET = "hash-function", "warm-up", "resident-set"
+NEXT_GATE = "next-gate"  # a decoding predictor, and what a GPU does by itself
+
 
 @dataclass
 class LayerCounters:
@@ -25,6 +29,18 @@ class LayerCounters:
     prefetched_wasted: int = 0  # of those, evicted before they were needed
     evictions: int = 0
     moved_bytes: int = 0  # host to slot, on demand and ahead of need
+
+
+@dataclass
+class PrefetchCounts:
+    """What became of the copies that one predictor asked for, in all layers since start. As in `LayerCounters`."""
+
+    copied: int = 0
+    used: int = 0
+    wasted: int = 0
+
+    def __add__(self, other: "PrefetchCounts") -> "PrefetchCounts":
+        return PrefetchCounts(self.copied + other.copied, self.used + other.used, self.wasted + other.wasted)
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,10 @@ class Pager(Protocol):
 
     @property
     def wave_size(self) -> int:
-        """Experts to read at once when a layer needs more than `num_slots`."""
+        """Experts to read at once when a layer needs more than fit."""
+
+    def fits(self, layer: int, expert_ids: NDArray[np.int64]) -> bool:
+        """Whether these distinct experts of a layer can be in slots at once: pinned ones keep theirs."""
 
     def close(self) -> None:
         """Let go of the experts, when no pass will run any more. Twice is fine."""
@@ -73,6 +92,9 @@ class Pager(Protocol):
     def counters(self, layer: int) -> LayerCounters:
         """May lag a moment behind, and may be called from any thread."""
 
+    def prefetches(self) -> dict[str, PrefetchCounts]:
+        """By who asked for them. May lag a moment behind, and may be called from any thread."""
+
     def activity(self) -> Activity:
         """May lag a moment behind, and may be called from any thread.
 
@@ -84,7 +106,7 @@ class Pager(Protocol):
         """Hold these experts in slots while the body reads them, or queues its reads; misses are fetched in place.
 
         Args:
-            expert_ids: distinct, at most `num_slots` of them.
+            expert_ids: distinct; they fit.
         Yields:
             The layer's page table row: [experts] integers on the host, slot or ABSENT.
         Raises:
@@ -94,9 +116,11 @@ class Pager(Protocol):
     def load_ahead(self, layer: int, expert_ids: Sequence[int]) -> None:
         """Within `reading`: start copying what the layer reads next, where copies run beside the compute."""
 
-    def prefetch(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
+    def prefetch(self, layer: int, expert_id: int, keep: Collection[int], by: str = HASH_FUNCTION) -> bool:
         """Copy an expert ahead of need, if it is absent and a slot can be had without evicting one of `keep`.
 
+        Args:
+            by: who asks.
         Returns:
             Whether it was, or will be, copied.
         """

@@ -3,7 +3,7 @@ the clock by which the prefetcher knows how far the passes are.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,12 +34,17 @@ class DevicePass(Protocol):
         """Queue one layer's experts. Args and result as `SlotExperts.forward`."""
 
 
+# Called with the layer and, of each sequence, [its tokens, top_k] expert ids.
+AfterRouting = Callable[[int, Sequence[NDArray[np.int64]]], None]
+
+
 class Pass:
     """A forward over as many tokens of each of some sequences: of prompt chunks, or one token of each.
 
     Args:
         routing: replaces the routers' choice; None lets them decide.
         keep_choices: keep every layer's expert ids, for scoring a prediction later.
+        after_routing: called when the routers of a layer have decided, before its experts are computed.
         after_layer: called with -1 when the pass begins, then with each MoE layer's number when its experts are
             computed, or queued.
     """
@@ -50,10 +55,11 @@ class Pass:
         routing: Routing | None = None,
         keep_choices: bool = False,
         after_layer: Callable[[int], None] | None = None,
+        after_routing: AfterRouting | None = None,
     ) -> None:
         self.num_sequences = num_sequences
         self.routing = routing
-        self.after_layer = after_layer
+        self.after_layer, self.after_routing = after_layer, after_routing
         # [sequences] each. What is not in a slot when its layer begins is missed; of that, what is not on its way
         # there already is fetched by this pass.
         self.needed, self.missed, self.fetched = np.zeros((3, num_sequences), np.int64)
@@ -68,7 +74,7 @@ class Pass:
             resident, loading: [experts]; one and the same where nothing is missed.
         """
         needed = np.zeros((self.num_sequences, len(resident)), np.bool_)
-        needed[np.arange(self.num_sequences)[:, None], ids.reshape(self.num_sequences, -1)] = True
+        self._mark_needed(needed, ids)
         self.needed += needed.sum(axis=1)
         if loading is not resident:
             self.missed += (needed & ~resident).sum(axis=1)
@@ -76,12 +82,24 @@ class Pass:
         if self.choices is not None:
             self.choices.append(ids)
 
+    def by_sequence(self, ids: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
+        """[its tokens, top_k] of each sequence, padding included. Args: ids: [tokens, top_k] of one layer."""
+        return list(ids.reshape(self.num_sequences, -1, ids.shape[1]))
+
+    def _mark_needed(self, needed: NDArray[np.bool_], ids: NDArray[np.int64]) -> None:
+        """Set those of needed [sequences, experts] that a sequence's ids [its tokens, top_k] name."""
+        needed[np.arange(self.num_sequences)[:, None], ids.reshape(self.num_sequences, -1)] = True
+
 
 class PassClock:
-    """Counts MoE layers over all passes: layer l of pass p is at time p * num_layers + l."""
+    """Counts MoE layers over all passes: layer l of pass p is at time p * num_layers + l.
 
-    def __init__(self, num_layers: int) -> None:
-        self.num_layers = num_layers
+    Args:
+        num_encoder_layers: the first so many belong to an encoder, which passes over generated tokens leave out.
+    """
+
+    def __init__(self, num_layers: int, num_encoder_layers: int = 0) -> None:
+        self.num_layers, self.num_encoder_layers = num_layers, num_encoder_layers
         self.passes_begun = 0
         self.running: Pass | DevicePass | None = None
         self._entered = -1  # the latest time whose layer has begun
@@ -92,6 +110,18 @@ class PassClock:
         with self._changed:
             self.passes_begun += 1
             self.running = begun
+
+    @property
+    def num_predicted_layers(self) -> int:
+        """The layers that a hash table tells of: an encoder's, whose tokens are known before, else all."""
+        return self.num_encoder_layers or self.num_layers
+
+    def skip_encoder(self) -> None:
+        """The running pass, which has just begun, leaves the encoder out: its slots may be taken at once."""
+        with self._changed:
+            self._entered = (self.passes_begun - 1) * self.num_layers + self.num_encoder_layers - 1
+            self._left = self._entered + 1
+            self._changed.notify_all()
 
     def end_pass(self) -> None:
         """The pass is over, whether or not it reached its last layer."""

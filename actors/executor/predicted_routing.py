@@ -32,6 +32,14 @@ class PredictedRouting:
         rows = slice(chunk.start, chunk.stop)
         return to_routing(table.expert_ids[:, rows], table.weights[:, rows])
 
+    def of_source(self, chunk: PromptChunk) -> Routing:
+        """`of_prompt` for an encoder, which reads a prompt at once and generates nothing."""
+        sequence = chunk.sequence
+        table = sequence.table
+        if table is None:
+            table = HashFunctionState(self._function).prefill(sequence.request.prompt_token_ids)
+        return to_routing(table.expert_ids, table.weights)
+
     def of_batch(self, batch: SequenceOf[Sequence]) -> Routing:
         """For the last generated token of each sequence."""
         states = [sequence.hash_function for sequence in batch if sequence.hash_function is not None]

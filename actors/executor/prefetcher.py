@@ -24,7 +24,8 @@ class PrefetchPlan:
     """The experts one coming pass is predicted to use."""
 
     pass_number: int
-    experts_by_layer: Sequence[Sequence[int]]  # most wanted first, at most as many as there are slots
+    # Of the first layers, or all: most wanted first, at most as many as there are slots.
+    experts_by_layer: Sequence[Sequence[int]]
     on_copied: Callable[[int], None]  # called with the bytes of each copy, on the prefetcher's thread
 
 
@@ -62,10 +63,14 @@ class Prefetcher(Protocol):
 
 
 class QueueingPrefetcher:
-    """For pagers whose copies are queued behind each other: the pass' thread queues them, a layer ahead."""
+    """For pagers whose copies are queued behind each other: the pass' thread queues them, a layer ahead.
 
-    def __init__(self, pager: Pager, clock: PassClock) -> None:
-        self._pager, self._clock = pager, clock
+    Args:
+        for_next_pass: copy for the pass after the running one too, once that is through with a layer.
+    """
+
+    def __init__(self, pager: Pager, clock: PassClock, for_next_pass: bool = False) -> None:
+        self._pager, self._clock, self._for_next_pass = pager, clock, for_next_pass
         self._plans: dict[int, list[PrefetchPlan]] = {}  # by pass number, one per prompt chunk
         self._lock = threading.Lock()
 
@@ -81,8 +86,11 @@ class QueueingPrefetcher:
         with self._lock:
             self._plans = {number: plans for number, plans in self._plans.items() if number >= running}
             plans = list(self._plans.get(running, ()))
-        if plans and layer + 1 < self._clock.num_layers:
+            following = list(self._plans.get(running + 1, ())) if self._for_next_pass else []
+        if plans and layer + 1 < self._clock.num_predicted_layers:
             self._prefetch(layer + 1, plans)
+        if following and 0 <= layer < self._clock.num_predicted_layers:
+            self._prefetch(layer, following)
 
     def _prefetch(self, layer: int, plans: Sequence[PrefetchPlan]) -> None:
         for plan in plans:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.executor.lookahead import Lookahead
 from actors.executor.passes import Pass
 from actors.executor.predicted_routing import PredictedRouting
 from actors.executor.runner import ModelRunner, RowInput
@@ -36,6 +37,7 @@ class PromptReader(Protocol):
     """Computes prompts into cache rows. Every call comes from the engine's thread."""
 
     runs_ahead: bool  # decode steps under way need not be complete
+    reads_whole: bool  # a prompt is one chunk, whatever its length
 
     def joins(self, chunk: PromptChunk, chunks: Sequence[PromptChunk]) -> bool:
         """Whether a pass over `chunks` may read one more; a first one always."""
@@ -57,12 +59,18 @@ class HostPrompts:
 
     Args:
         routing: replaces the routers' choice; None lets them decide.
+        lookahead: learns from what is routed; tables prefetch for prompts.
     """
 
-    runs_ahead = False
+    runs_ahead = reads_whole = False
 
-    def __init__(self, runner: ModelRunner, routing: PredictedRouting | None = None) -> None:
-        self._runner, self._routing = runner, routing
+    def __init__(
+        self,
+        runner: ModelRunner,
+        routing: PredictedRouting | None = None,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        self._runner, self._routing, self._lookahead = runner, routing, lookahead
         # A GPU's memory was shared out for passes over one chunk.
         self._reads_together = routing is None and runner.device.type == "cpu"
 
@@ -74,7 +82,18 @@ class HostPrompts:
 
     def read(self, chunks: Sequence[PromptChunk], after_layer: AfterLayer, paced: bool) -> PromptResult:
         routing = self._routing.of_prompt(chunks[0]) if self._routing else None
-        pass_ = Pass(len(chunks), routing, keep_choices=routing is None, after_layer=after_layer)
+        followed = None
+        if self._lookahead is not None:
+            requests = [chunk.sequence.request_id for chunk in chunks]
+            lengths = [chunk.num_tokens for chunk in chunks]
+            followed = self._lookahead.follow(requests, lengths, predicts=False)
+        pass_ = Pass(
+            len(chunks),
+            routing,
+            keep_choices=routing is None,
+            after_layer=after_layer,
+            after_routing=None if followed is None else followed.routed,
+        )
         inputs = [RowInput(chunk.sequence.row, chunk.start, chunk.token_ids) for chunk in chunks]
         logits = self._runner.run(inputs, pass_)
         choices = None if pass_.choices is None else _of_chunks(pass_.choices, chunks)

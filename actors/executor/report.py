@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.executor.pager import LayerCounters
+from actors.executor.pager import LayerCounters, PrefetchCounts
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class EngineReport:
     slots_per_layer: int
     num_experts: int
     layers: tuple[LayerReport, ...]
+    prefetches: dict[str, PrefetchCounts]  # by who asked for them, over all layers
     hash_tables: dict[str, int]  # how many came on_time, late, lost, or were unusable
     num_running: int
     num_waiting: int

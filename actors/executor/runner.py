@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from actors.executor.families import sliding_window, takes_mask_per_layer_type
+from actors.executor.families import attention_chunk, sliding_window, takes_mask_per_layer_type
 from actors.executor.kv_cache import RowCache
 from actors.executor.model_loader import SlotModel
 from actors.executor.passes import Pass
@@ -29,9 +30,8 @@ class ModelRunner:
         self._model = slot_model.model
         self._clock, self._pager = slot_model.clock, slot_model.pager
         self.device = slot_model.model.device
-        self._window = sliding_window(self._model.config)
+        self._window, self._chunk = sliding_window(self._model.config), attention_chunk(self._model.config)
         self._mask_per_layer_type = takes_mask_per_layer_type(self._model.config)
-        self._mask_is_additive = self._model.config._attn_implementation == "eager"
         self.max_tokens = max_tokens
         self.cache = RowCache(num_rows, max_tokens)
 
@@ -91,15 +91,20 @@ class ModelRunner:
         """Ready-made [rows, 1, queries, length] masks, which the library passes on as they are."""
         keys = torch.arange(length, device=positions.device)
         causal = keys <= positions[:, None, :, None]
-        if self._window is None:
-            return self._mask(causal)
-        sliding = causal & (keys > positions[:, None, :, None] - self._window)
+        masks = {"full_attention": causal}
+        if self._window is not None:
+            masks["sliding_attention"] = causal & (keys > positions[:, None, :, None] - self._window)
+        if self._chunk is not None:
+            same_chunk = keys // self._chunk == positions[:, None, :, None] // self._chunk
+            masks["chunked_attention"] = causal & same_chunk
         if self._mask_per_layer_type:
-            return {"full_attention": self._mask(causal), "sliding_attention": self._mask(sliding)}
-        return self._mask(sliding)
+            return {kind: library_mask(self._model, visible) for kind, visible in masks.items()}
+        return library_mask(self._model, masks.get("sliding_attention", causal))
 
-    def _mask(self, visible: Tensor) -> Tensor:
-        if not self._mask_is_additive:
-            return visible
-        mask = torch.zeros_like(visible, dtype=self._model.dtype)
-        return mask.masked_fill(~visible, torch.finfo(self._model.dtype).min)
+
+def library_mask(model: PreTrainedModel, visible: Tensor) -> Tensor:
+    """In the form that the model's attention takes. Args: visible: [rows, 1, queries, keys] bool."""
+    if model.config._attn_implementation != "eager":
+        return visible
+    mask = torch.zeros_like(visible, dtype=model.dtype)
+    return mask.masked_fill(~visible, torch.finfo(model.dtype).min)

@@ -50,6 +50,7 @@ class Sequence:
     table: HashTable | None = None
     hash_function: HashFunctionState | None = None  # routing=predicted: predicts generated tokens
     routing_table: HashTable | None = None  # routing=predicted: routes the prompt
+    num_table_routed: int | None = None  # routing=predicted, of `needed` those that an encoder needed
     # What the routers chose: per prompt pass, per layer, [tokens, top_k].
     choices: list[SequenceOf[NDArray[np.int64]]] = field(default_factory=list)
     needed: int = 0
@@ -61,9 +62,17 @@ class Sequence:
     first_token_at_s: float = 0.0
 
     @classmethod
-    def of(cls, request: GenerationRequest, sink: ChunkSink, tokenizer: Tokenizer | None) -> "Sequence":
+    def of(
+        cls,
+        request: GenerationRequest,
+        sink: ChunkSink,
+        tokenizer: Tokenizer | None,
+        prefix: SequenceOf[int] | None = None,
+    ) -> "Sequence":
+        """Args: prefix: the tokens that the completion continues; None: the prompt."""
         sampling = request.sampling
-        text = TextStream(tokenizer, request.prompt_token_ids, sampling.stop, sampling.min_tokens)
+        continued = request.prompt_token_ids if prefix is None else prefix
+        text = TextStream(tokenizer, continued, sampling.stop, sampling.min_tokens)
         return cls(request, sink, Sampler(sampling), text)
 
     @property
@@ -89,7 +98,9 @@ class Sequence:
 
     def usage(self) -> ExpertUsage:
         score = self.score()
-        if self.hash_function is not None:
+        if self.num_table_routed is not None:
+            predicted = self.num_table_routed
+        elif self.hash_function is not None:
             predicted = self.needed
         else:
             predicted = 0 if score is None else score.needed_pairs_named
@@ -122,6 +133,11 @@ class Sequence:
             experts=None if reason is None else self.usage(),
             timings=None if reason is None else self.timings(),
         )
+
+    def classify(self, label_logits: tuple[float, ...]) -> GenerationChunk:
+        """Take what a classifier says; the chunk is the only one."""
+        self.first_token_at_s = time.monotonic()
+        return GenerationChunk((), "", (), "stop", self.usage(), self.timings(), label_logits=label_logits)
 
     def _finish_reason(self, token_id: int, eos_ids: frozenset[int]) -> FinishReason | None:
         sampling = self.request.sampling

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.executor.pager import ABSENT, Pager
+from actors.executor.pager import ABSENT, WARM_UP, Pager
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def warm_up(pager: Pager, peers: Sequence[Residents]) -> int:
     with pager.host_pass():
         for layer, expert_ids in enumerate(most_useful(peers, pager.num_slots)):
             for expert_id in reversed(expert_ids):  # where age decides, the most useful leaves last
-                num_copied += pager.prefetch(layer, expert_id, keep=expert_ids)
+                num_copied += pager.prefetch(layer, expert_id, keep=expert_ids, by=WARM_UP)
     return num_copied
 
 

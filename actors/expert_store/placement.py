@@ -1,10 +1,17 @@
-"""Which node holds which experts: plain arithmetic over what the nodes offer. Starts nothing, imports no Ray."""
+"""Which node holds which experts: plain arithmetic over what the nodes offer. Starts nothing, imports no Ray.
+
+`place` fills nodes evenly; `place_by_load` also shares out the recorded load of every layer.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.expert_store.balancing import balance_by_correlation, share_out
 from common.errors import CapacityError
 
 HOST_MEMORY_RESOURCE = "host_memory_gb"  # what a node offers to the experts, in units of 10^9 bytes
@@ -54,14 +61,18 @@ def _offer(node: Mapping[str, Any]) -> NodeOffer:
 
 def make_chunks(num_layers: int, num_experts: int, slab_bytes: int, num_nodes: int) -> list[Chunk]:
     """Cut the model into chunks of one layer at most, small enough to spread over the nodes."""
-    total_bytes = num_layers * num_experts * slab_bytes
-    chunk_bytes = min(MAX_CHUNK_BYTES, total_bytes // (num_nodes * CHUNKS_PER_NODE))
-    size = max(1, min(num_experts, chunk_bytes // slab_bytes))
+    size = _chunk_experts(num_layers, num_experts, slab_bytes, num_nodes)
     return [
         Chunk(layer, tuple(range(start, min(start + size, num_experts))))
         for layer in range(num_layers)
         for start in range(0, num_experts, size)
     ]
+
+
+def _chunk_experts(num_layers: int, num_experts: int, slab_bytes: int, num_nodes: int) -> int:
+    total_bytes = num_layers * num_experts * slab_bytes
+    chunk_bytes = min(MAX_CHUNK_BYTES, total_bytes // (num_nodes * CHUNKS_PER_NODE))
+    return max(1, min(num_experts, chunk_bytes // slab_bytes))
 
 
 def place(chunks: Sequence[Chunk], slab_bytes: int, offers: Sequence[NodeOffer]) -> list[NodeOffer]:
@@ -83,6 +94,32 @@ def place(chunks: Sequence[Chunk], slab_bytes: int, offers: Sequence[NodeOffer])
         emptiest = min(fitting, key=lambda offer: (used[offer] + size) / offer.usable_bytes)
         used[emptiest] += size
         placed.append(emptiest)
+    return placed
+
+
+def place_by_load(
+    loads: NDArray[np.int64], slab_bytes: int, offers: Sequence[NodeOffer]
+) -> list[tuple[Chunk, NodeOffer]]:
+    """Chunks and their nodes, so that in every layer all nodes are equally full in proportion to what they offer, and
+    get as equal shares of the tokens as anti-correlation balancing finds.
+
+    Args:
+        loads: [windows, layers, experts], tokens that each expert got.
+    Raises:
+        CapacityError: the experts do not fit.
+    """
+    _, num_layers, num_experts = loads.shape
+    capacities = [offer.usable_bytes // slab_bytes for offer in offers]
+    if num_layers * num_experts > sum(capacities):
+        raise _too_small(num_layers * num_experts * slab_bytes, offers)
+    plan = balance_by_correlation(loads, share_out(num_layers, num_experts, capacities))
+    size = _chunk_experts(num_layers, num_experts, slab_bytes, len(offers))
+    placed = []
+    for layer, node_of in enumerate(plan):
+        for node, offer in enumerate(offers):
+            ids = (node_of == node).nonzero()[0].tolist()
+            chunks = (Chunk(layer, tuple(ids[start : start + size])) for start in range(0, len(ids), size))
+            placed += [(chunk, offer) for chunk in chunks]
     return placed
 
 

@@ -13,12 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
+from actors.expert_store.balancing import MaxLoad, max_load
 from actors.expert_store.directory import ExpertDirectory
 from actors.expert_store.loader import ChunkReport, SubmittedChunk, submit_chunk
-from actors.expert_store.placement import Chunk, NodeOffer, find_offers, make_chunks, place
+from actors.expert_store.loads import ExpertLoads
+from actors.expert_store.placement import Chunk, NodeOffer, find_offers, make_chunks, place, place_by_load
 from actors.expert_store.progress import LoadProgress
 from common.checkpoint import Checkpoint
 from common.errors import UnavailableError
@@ -38,6 +42,10 @@ class StoreDescription:
     expert_bytes: int  # of one expert
     total_bytes: int
     nodes: dict[str, int]  # node id -> bytes loaded there
+    placement: str  # "even", or "by load" of a trace
+    max_load: (
+        dict[str, float] | None
+    )  # by load: a MaxLoad of that trace, on the nodes that loaded the experts
     seconds: float
     gb_per_s: float
     generation: str | None
@@ -47,8 +55,16 @@ class StoreDescription:
 class ExpertStore:
     """Owns all experts of one checkpoint. `start()` loads once; everything else may be called from any thread."""
 
-    def __init__(self, folder: str | Path, logger: logging.Logger | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, logger: logging.Logger | None = None, placement_trace: str | None = None
+    ) -> None:
+        """
+        Args:
+            placement_trace: a file of ExpertLoads to place experts by; without one nodes are filled evenly.
+        """
         self._folder, self._logger = Path(folder), logger or logging.getLogger(__name__)
+        self._placement_trace = placement_trace
+        self._max_load: MaxLoad | None = None
         self._loaded: Future[ExpertDirectory] = Future()
         self._thread = threading.Thread(target=self._run, name="expert-store-load", daemon=True)
         self._stopping = threading.Event()
@@ -69,6 +85,7 @@ class ExpertStore:
         Raises:
             CheckpointError: the checkpoint is damaged or not on every node.
             CapacityError: the experts do not fit in the object stores.
+            ConfigError: the placement trace is unusable or of another model.
             UnavailableError: the store was stopped first.
             TimeoutError: the load took longer than `timeout_s`.
         """
@@ -100,6 +117,8 @@ class ExpertStore:
             expert_bytes=slab_bytes,
             total_bytes=progress.total_bytes if progress else 0,
             nodes={node_id: count * slab_bytes for node_id, count in nodes.items()},
+            placement="by load" if self._placement_trace else "even",
+            max_load=asdict(self._max_load) if self._max_load else None,
             seconds=progress.seconds if progress else 0.0,
             gb_per_s=progress.gb_per_s if progress else 0.0,
             generation=directory.generation if directory else None,
@@ -116,19 +135,34 @@ class ExpertStore:
 
     def _load(self) -> ExpertDirectory:
         checkpoint = Checkpoint.open(self._folder)
-        layout, architecture = checkpoint.stored_layout, checkpoint.architecture
+        layout, trace = checkpoint.stored_layout, self._placement_trace
+        loads = ExpertLoads.load_for(checkpoint, trace) if trace else None
         offers = find_offers(ray.nodes(), ray.get_runtime_context().get_node_id())
-        chunks = make_chunks(
-            architecture.num_layers, architecture.num_experts, layout.slab_bytes, len(offers)
-        )
-        nodes = place(chunks, layout.slab_bytes, offers)
+        if loads is not None:
+            placed = place_by_load(loads, layout.slab_bytes, offers)
+        else:
+            placed = _place_evenly(checkpoint, offers)
         directory = ExpertDirectory(uuid.uuid4().hex[:12], checkpoint.fingerprint, layout, {}, {})
         self._progress = LoadProgress(len(checkpoint.expert_ranges), layout.slab_bytes, self._logger)
         try:
-            self._load_chunks(checkpoint, list(zip(chunks, nodes, strict=True)), directory)
+            self._load_chunks(checkpoint, placed, directory)
         finally:
             self._progress.close()
+        if loads is not None:
+            self._max_load = self._measure(loads, directory)
         return directory
+
+    def _measure(self, loads: NDArray[np.int64], directory: ExpertDirectory) -> MaxLoad:
+        numbers = {node_id: number for number, node_id in enumerate(sorted(set(directory.node_ids.values())))}
+        plan = np.empty(loads.shape[1:], np.int64)
+        for (layer, expert_id), node_id in directory.node_ids.items():
+            plan[layer, expert_id] = numbers[node_id]
+        load = max_load(loads, plan)
+        self._logger.info(
+            "experts placed on %d nodes by the loads of %s: the most loaded node gets %.1f %% of a batch's tokens, at "
+            "most %.1f %%", len(numbers), self._placement_trace, 100 * load.average, 100 * load.worst,
+        )  # fmt: skip
+        return load
 
     def _load_chunks(
         self, checkpoint: Checkpoint, placed: list[tuple[Chunk, NodeOffer]], directory: ExpertDirectory
@@ -163,6 +197,12 @@ class ExpertStore:
             directory.node_ids[chunk.layer, expert_id] = report.node_id
         assert self._progress is not None
         self._progress.add(len(chunk.expert_ids))
+
+
+def _place_evenly(checkpoint: Checkpoint, offers: list[NodeOffer]) -> list[tuple[Chunk, NodeOffer]]:
+    architecture, slab_bytes = checkpoint.architecture, checkpoint.stored_layout.slab_bytes
+    chunks = make_chunks(architecture.num_layers, architecture.num_experts, slab_bytes, len(offers))
+    return list(zip(chunks, place(chunks, slab_bytes, offers), strict=True))
 
 
 def _tasks_at_once(node: NodeOffer) -> int:

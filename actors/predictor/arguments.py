@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import ConfigError, ServingError
 
-Options = TypeVar("Options", bound="Arguments")
+Options = TypeVar("Options", bound=BaseModel)
 
 
 class Arguments(BaseModel):
@@ -74,7 +74,7 @@ def read_command_line(options: type[Options], purpose: str | None) -> Options:
         raise SystemExit(f"error: {error}") from error
 
 
-def help_text(options: type[Arguments], purpose: str | None) -> str:
+def help_text(options: type[BaseModel], purpose: str | None) -> str:
     lines = [purpose or "", "", "Arguments, as key=value:"]
     for name, field in options.model_fields.items():
         default = "required" if field.is_required() else field.default

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from common.architecture import find_experts_modules
+from common.architecture import find_experts_modules, load_config, model_class
 from common.errors import UnsupportedModelError
+from common.own_experts.model import OwnExpertsModel
 
 _IMPLEMENTATION = "intercepted_routing"
 _ATTRIBUTE = "intercepted_layer"
@@ -27,7 +28,8 @@ def load_resident_model(folder: str | Path, device: torch.device, dtype: torch.d
     Raises:
         UnsupportedModelError: its experts do not go through the library's registry.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="grouped_mm")
+    loader = model_class(load_config(folder))
+    model = loader.from_pretrained(folder, dtype=dtype, experts_implementation="grouped_mm")
     if not find_experts_modules(model):
         raise UnsupportedModelError(str(folder), "no MoE layer goes through the library's experts registry")
     return model.to(device).eval().requires_grad_(False)
@@ -54,11 +56,40 @@ def recorded_router_logits(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Within the context, every forward appends one [tokens, experts] tensor per MoE layer, in layer order.
 
     Which module makes them, and which of its outputs they are, is what the library itself declares for
-    `output_router_logits`.
+    `output_router_logits`, or what our own model class says.
 
     Raises:
         UnsupportedModelError: it declares nothing for this family.
     """
+    routers, index = find_routers(model)
+    recorded: list[Tensor] = []
+
+    def record(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        logits = output if isinstance(output, Tensor) else output[index]
+        recorded.append(logits.reshape(-1, logits.shape[-1]))
+
+    hooks = [router.register_forward_hook(record) for router in routers]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def find_routers(model: PreTrainedModel) -> tuple[list[nn.Module], int]:
+    """The routers in layer order, and which of their outputs are the logits.
+
+    Raises:
+        UnsupportedModelError: the library declares nothing for this family.
+    """
+    target, index = _router_output(model)
+    return [module for module in model.modules() if isinstance(module, target)], index
+
+
+def _router_output(model: PreTrainedModel) -> tuple[type[nn.Module], int]:
+    """The class of the routers, and which of their outputs are the logits."""
+    if isinstance(model, OwnExpertsModel):
+        return model.router_output
     recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     recorder = recorder or (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     if recorder is None:
@@ -66,20 +97,7 @@ def recorded_router_logits(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             model.config.model_type,
             "the library does not expose its router logits, so there is nothing to learn from",
         )
-    target, index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
-    recorded: list[Tensor] = []
-
-    def record(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        logits = output if isinstance(output, Tensor) else output[index]
-        recorded.append(logits.reshape(-1, logits.shape[-1]))
-
-    routers = [module for module in model.modules() if isinstance(module, target)]
-    hooks = [router.register_forward_hook(record) for router in routers]
-    try:
-        yield recorded
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
 
 
 def _run_intercepted(

@@ -27,6 +27,7 @@ class WeightRule:
 
     sum: float | None
     scale: float = 1.0
+    gates: bool = False  # a sigmoid of each expert's logit instead: routers that weight experts one by one
 
 
 @dataclass(frozen=True)

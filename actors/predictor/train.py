@@ -24,7 +24,7 @@ from actors.predictor.traces import TraceBatch, TraceFiles, TraceSource, windows
 from actors.predictor.tracing import LiveTraces, RoutingTracer
 from actors.predictor.training import TrainingOptions, TrainingRecord, train
 from common.checkpoint import Checkpoint
-from common.errors import ConfigError, ServingError
+from common.errors import ConfigError, ServingError, UnsupportedModelError
 
 HELD_OUT_SHARE = 0.02
 MAX_HELD_OUT_WINDOWS = 256
@@ -92,7 +92,7 @@ def read_training_data(arguments: TrainArguments) -> TrainingData:
     """
     Raises:
         ConfigError: no text, both text and traces, or traces of another model.
-        UnsupportedModelError: router decisions that cannot be recorded or learned.
+        UnsupportedModelError: routers that do not choose by their logits alone.
     """
     if (arguments.text is None) == (arguments.traces is None):
         raise ConfigError("text", arguments.text, "give either text or traces")
@@ -100,6 +100,12 @@ def read_training_data(arguments: TrainArguments) -> TrainingData:
     fingerprint = Checkpoint.open(arguments.model).fingerprint
     if source.header.model_fingerprint != fingerprint:
         raise ConfigError("traces", arguments.traces, f"traces of model {fingerprint}")
+    if source.header.teacher != "logits":
+        raise UnsupportedModelError(
+            arguments.model,
+            "its routers' choices and weights do not follow from their logits by softmax and top k, which is what the hash "
+            "function learns; its traces serve the other predictors",
+        )
     key = find_embedding_key(arguments.model)
     return TrainingData(source, held_out, key, read_embedding(arguments.model, key), arguments.torch_device)
 

@@ -54,11 +54,13 @@ def distillation_loss(logits: Tensor, batch: TraceBatch, ce_weight: float) -> Te
 
     Args:
         logits: [windows, tokens, layers, experts].
+        batch: with logits.
     """
-    student, expert_ids, teacher = logits[batch.mask], batch.expert_ids[batch.mask], batch.logits[batch.mask]
-    hard = functional.cross_entropy(student.flatten(0, 1), expert_ids[..., 0].flatten())
+    assert batch.kept_ids is not None and batch.logits is not None, "the teacher is its logits"
+    student, kept_ids, teacher = logits[batch.mask], batch.kept_ids[batch.mask], batch.logits[batch.mask]
+    hard = functional.cross_entropy(student.flatten(0, 1), kept_ids[..., 0].flatten())
     soft = functional.cross_entropy(
-        student.gather(-1, expert_ids).flatten(0, 1), teacher.softmax(-1).flatten(0, 1)
+        student.gather(-1, kept_ids).flatten(0, 1), teacher.softmax(-1).flatten(0, 1)
     )
     return ce_weight * hard + soft
 
@@ -71,7 +73,7 @@ def recall_per_layer(function: HashFunction, batches: Sequence[TraceBatch]) -> l
     for batch in batches:
         mask = batch.mask.to(device)
         predicted = function(batch.token_ids.to(device))[mask].topk(top_k).indices  # [tokens, layers, top_k]
-        true = batch.expert_ids.to(device)[mask][..., :top_k]
+        true = batch.expert_ids.to(device)[mask]
         found += (true.unsqueeze(-1) == predicted.unsqueeze(-2)).any(-1).sum((0, 2))
         total += len(true) * top_k
     recall: list[float] = (found / total).tolist()
@@ -129,7 +131,7 @@ class _Trainer:
             yield from self._source.batches(self._options.batch_size, generator)
 
     def _step(self, batch: TraceBatch) -> Tensor:
-        batch = _to(batch, self._device)
+        batch = batch.to(self._device)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.zero_grad()
@@ -172,12 +174,3 @@ class _Trainer:
     def _is_stuck(self) -> bool:
         waited = self._record.steps - self._record.best_step
         return bool(self._record.history) and waited >= self._options.patience * self._options.evaluate_every
-
-
-def _to(batch: TraceBatch, device: torch.device) -> TraceBatch:
-    return TraceBatch(
-        batch.token_ids.to(device),
-        batch.mask.to(device),
-        batch.expert_ids.to(device),
-        batch.logits.to(device),
-    )

@@ -3,7 +3,7 @@
 What is counted is what the engine would count; only the experts' weights are missing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from actors.executor.eviction import EvictionPolicy
 from actors.executor.host_pager import HostPager
-from actors.executor.pager import ABSENT
+from actors.executor.pager import ABSENT, RESIDENT_SET
 from actors.executor.slots import SlotPool
-from actors.predictor.decoding import DecodingPredictor, by_proximity
+from actors.predictor.decoding import DecodingPredictor, by_proximity, most_wanted
 from common.expert_layout import ExpertLayout
 
 Ids = npt.NDArray[np.int64]  # expert ids, [tokens, layers, top_k]
@@ -128,51 +128,50 @@ def simulate(
     predictor: DecodingPredictor,
     copies_ahead: int = 0,
     num_warm_up: int = 0,
+    pinned: Sequence[Collection[int]] = (),
+    prompts_ahead: bool = True,
 ) -> Counts:
-    """Run one request after the other; slots are empty at first.
+    """Run one request after the other; slots are empty at first, but for pinned experts.
 
     Args:
         copies_ahead: experts that are copied ahead of need while one layer is computed, at most.
         num_warm_up: requests that are run before counting begins.
+        pinned: of each layer the experts that never leave their slots.
+        prompts_ahead: copy ahead in each request's first pass, too.
     """
     num_layers = requests[0][0].shape[1]
     pools = [SlotPool(LAYOUT, num_slots, CPU) for _ in range(num_layers)]
-    pager = HostPager(_SmallExperts(), pools, num_experts, new_policy, CPU)
+    pager = HostPager(_SmallExperts(), pools, num_experts, new_policy, CPU, pinned=pinned)
+    for layer, experts in enumerate(pinned):
+        for expert_id in experts:
+            pager.prefetch(layer, expert_id, experts, RESIDENT_SET)
     before, num_tokens = Counts(), 0
     for number, request in enumerate(requests):
         if number == num_warm_up:
             before = _total(pager, num_layers, num_tokens)
-        for ids in request:
-            _run_pass(pager, predictor, ids, copies_ahead)
+        for place, ids in enumerate(request):
+            copies = copies_ahead if place or prompts_ahead else 0
+            _run_pass(pager, predictor, f"request {number}", ids, copies)
             num_tokens += len(ids)
-        predictor.end_request()
+        predictor.end_request(f"request {number}")
         pager.requests_ended(1.0)
     return _total(pager, num_layers, num_tokens) - before
 
 
-def _run_pass(pager: HostPager, predictor: DecodingPredictor, ids: Ids, copies_ahead: int) -> None:
+def _run_pass(
+    pager: HostPager, predictor: DecodingPredictor, request: str, ids: Ids, copies_ahead: int
+) -> None:
+    predictor.begin_pass([request])
     for layer in range(ids.shape[1]):
         if copies_ahead:
-            _prefetch(pager, layer, by_proximity(predictor.predict(layer), ids.shape[1]), copies_ahead)
+            priority = by_proximity(predictor.predict(layer), ids.shape[1])
+            absent = pager.page_table[layer:].numpy() == ABSENT
+            for row, expert_id, keep in most_wanted(priority, absent, pager.num_slots, copies_ahead):
+                pager.prefetch(layer + row, expert_id, keep, "predictor")
         with pager.streaming(layer, sorted(set(ids[:, layer].ravel().tolist()))) as slots:
             for _ in slots:
                 pass
-        predictor.observe(layer, ids[:, layer])
-
-
-def _prefetch(pager: HostPager, first_layer: int, priority: npt.NDArray[np.float32], copies: int) -> None:
-    """Copy the most wanted absent experts of this layer and the coming ones.
-
-    Of a layer's experts no more are wanted than there are slots, and none of them makes room for one that is not wanted more.
-    """
-    threshold = np.partition(priority, -pager.num_slots, axis=1)[:, -pager.num_slots, None]
-    absent = pager.page_table[first_layer:].numpy() == ABSENT
-    wanted = np.where(absent & (priority >= threshold), priority, 0)  # [coming layers, experts]
-    for index in (-wanted).argsort(axis=None, kind="stable")[:copies].tolist():
-        row, expert_id = divmod(index, wanted.shape[1])
-        if wanted[row, expert_id] > 0:
-            keep = (priority[row] >= priority[row, expert_id]).nonzero()[0].tolist()
-            pager.prefetch(first_layer + row, expert_id, keep)
+        predictor.observe(layer, [ids[:, layer]], None)
 
 
 def _total(pager: HostPager, num_layers: int, num_tokens: int) -> Counts:

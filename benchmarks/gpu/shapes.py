@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from common.architecture import find_experts_modules, per_expert_shapes
 from common.expert_layout import ExpertLayout
+from common.own_experts import own_model_class
 
 STD = 0.02  # of every weight; norms are 1
 
@@ -64,9 +65,13 @@ def qwen3_30b(num_layers: int = 48, dtype: torch.dtype = torch.bfloat16, **chang
 
 
 def meta_causal_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The library's model in the config's dtype, without storage."""
+    """The model in the config's dtype, without storage: the library's, or ours where it has one without our experts."""
+    own_class = own_model_class(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        if own_class is None:
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        else:
+            model = own_class(config).to(config.dtype)
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from common.architecture import describe_architecture
+from common.architecture import describe_architecture, load_config, meta_model
 from common.errors import CheckpointError, UnsupportedModelError
-from tests.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint, make_model
+from tests.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_describes_every_family(family: str, tmp_path: Path) -> None:
     architecture = describe_architecture(make_checkpoint(family, tmp_path))
-    model = make_model(family)
+    model = meta_model(load_config(tmp_path), tmp_path)
     assert architecture.model_type == family
     assert (architecture.num_experts, architecture.top_k) == (NUM_EXPERTS, TOP_K)
     assert (architecture.hidden_size, architecture.vocab_size) == (64, VOCAB_SIZE)

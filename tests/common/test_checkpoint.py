@@ -11,9 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from common.architecture import load_config, model_class
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, UnsupportedModelError
-from tests.tiny_models import FAMILIES, NUM_EXPERTS, UNSUPPORTED_FAMILIES, make_checkpoint, make_model
+from tests.tiny_models import (
+    ENCODER_DECODER_FAMILIES,
+    FAMILIES,
+    NUM_EXPERTS,
+    UNSUPPORTED_FAMILIES,
+    make_checkpoint,
+    make_model,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,15 +47,15 @@ def assert_equals_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
             assert torch.equal(view, module.get_parameter(name)[expert_id]), (modules[layer], expert_id, name)
 
 
-@pytest.mark.parametrize("family", FAMILIES + UNSUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + ENCODER_DECODER_FAMILIES + UNSUPPORTED_FAMILIES)
 def test_experts_equal_the_fully_loaded_model(family: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(family, tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = model_class(load_config(tmp_path)).from_pretrained(tmp_path)
     assert_equals_model(checkpoint, model)
     assert checkpoint.architecture.num_experts == NUM_EXPERTS
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + ENCODER_DECODER_FAMILIES)
 def test_experts_and_dense_tensors_are_all_of_the_model(family: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(family, tmp_path))
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
@@ -57,6 +65,21 @@ def test_experts_and_dense_tensors_are_all_of_the_model(family: str, tmp_path: P
     assert checkpoint.dense_bytes + sum(
         r.num_bytes for rs in checkpoint.expert_ranges.values() for r in rs
     ) == (stored - headers)
+
+
+def test_names_a_missing_part_of_all_experts(tmp_path: Path) -> None:
+    make_checkpoint("dbrx", tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop("transformer.blocks.1.ffn.experts.mlp.v1"))
+    with pytest.raises(CheckpointError, match="one part of transformer.blocks.1.ffn.experts.gate_up_proj"):
+        Checkpoint.open(tmp_path)
+
+
+def test_names_a_missing_expert_that_is_no_bare_number(tmp_path: Path) -> None:
+    key = "encoder.block.1.layer.1.mlp.experts.expert_3.wo.weight"
+    make_checkpoint("switch_transformers", tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(key))
+    with pytest.raises(CheckpointError, match=f"1 expert tensors are missing, the first is {key}"):
+        Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

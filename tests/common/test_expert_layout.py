@@ -72,3 +72,15 @@ def test_views_of_slabs_share_their_memory(leading: tuple[int, ...]) -> None:
     layout.views(slabs)["down"].fill_(1.0)
     assert slabs[..., : 4 * 8 * 2].count_nonzero() == 0
     assert slabs.count_nonzero() > 0
+
+
+def test_the_bytes_of_a_transposed_tensor_are_those_of_the_transposed_matrix() -> None:
+    shapes = {"up": (4, 8), "down": (8, 4)}
+    layout = ExpertLayout.from_shapes(shapes, torch.float32, transposed=("down",))
+    matrices = {name: torch.randn(shape) for name, shape in shapes.items()}
+    stored = [matrices["up"], matrices["down"].T.contiguous()]
+    slabs = torch.cat([matrix.flatten() for matrix in stored]).view(torch.uint8).unsqueeze(0)
+    for converted in (layout, layout.with_dtype(torch.float32)):
+        views = converted.views(slabs)
+        assert all(torch.equal(views[name][0], matrix) for name, matrix in matrices.items())
+    assert layout.slab_bytes == ExpertLayout.from_shapes(shapes, torch.float32).slab_bytes

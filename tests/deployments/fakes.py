@@ -45,10 +45,16 @@ def write_tokenizer(folder: Path, chat_template: str | None = None) -> None:
     byte_tokenizer(chat_template).save_pretrained(folder)
 
 
+LABELS = ("short", "long")  # texts of more than five tokens are long
+
+
 async def echo(request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
-    """Repeat the prompt's tokens, one chunk each, until `max_tokens`."""
+    """Repeat the prompt's tokens, one chunk each, until `max_tokens`; classifications get their logits."""
     tokenizer = byte_tokenizer()
     prompt, sampling = request.prompt_token_ids, request.sampling
+    if request.request_id.startswith("classify-"):
+        yield GenerationChunk((), "", (), "stop", USAGE, TIMINGS, label_logits=(5.5, float(len(prompt))))
+        return
     for step in range(sampling.max_tokens):
         await asyncio.sleep(0)
         token_id = prompt[step % len(prompt)]

@@ -5,13 +5,17 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import ray
 import torch
 
+from actors.expert_store.loads import ExpertLoads
+from common.architecture import load_config
 from common.config import ServingConfig
-from deployments.app import build, checked_config
-from tests.tiny_models import make_model
+from deployments.app import build, checked_config, served_model
+from deployments.ingress import ServedModel
+from tests.tiny_models import VOCAB_SIZE, make_checkpoint, make_model
 
 SERVE = Path(sys.executable).with_name("serve")
 
@@ -53,6 +57,20 @@ def test_decides_the_context_by_the_models_limit(folder: Path) -> None:
     assert config.max_context_tokens == architecture.max_context_tokens == 512
 
 
+def test_tells_the_ingress_what_the_model_does(folder: Path, tmp_path: Path) -> None:
+    def served(folder: Path) -> ServedModel:
+        return served_model(checked_config({"model": str(folder)})[1])
+
+    assert served(folder) == ServedModel(VOCAB_SIZE)
+    text_to_text = write_config("switch_transformers", tmp_path)
+    assert served(text_to_text) == ServedModel(VOCAB_SIZE, has_encoder=True)
+    config = load_config(text_to_text)
+    config.architectures = ["SwitchTransformersForSequenceClassification"]
+    config.id2label = {0: "ham", 1: "spam"}
+    config.save_pretrained(tmp_path)
+    assert served(tmp_path) == ServedModel(VOCAB_SIZE, has_encoder=True, labels=("ham", "spam"))
+
+
 def test_names_an_unknown_key() -> None:
     assert message(expert_slot=4).endswith("did you mean expert_slots?")
 
@@ -86,6 +104,14 @@ def test_names_a_context_above_the_models(folder: Path) -> None:
 def test_predicted_routing_needs_a_hash_function(folder: Path, tmp_path: Path) -> None:
     assert "has no hash_function folder" in message(model=folder, routing="predicted")
     assert message(model=folder, hash_function=tmp_path).startswith(f"hash_function={str(tmp_path)!r}")
+
+
+def test_names_a_placement_trace_of_another_model(tmp_path: Path) -> None:
+    checkpoint, loads = make_checkpoint("qwen3_moe", tmp_path / "model"), tmp_path / "loads"
+    ExpertLoads("0123456789abcdef", np.ones((1, 3, 8), np.int64)).save(loads)
+    text = message(model=checkpoint, placement_trace=loads)
+    assert text.startswith(f"placement_trace={str(loads)!r} is not possible: its loads are of model 0123")
+    assert "No such file" in message(model=checkpoint, placement_trace=tmp_path / "nothing")
 
 
 @pytest.mark.slow

@@ -1,43 +1,32 @@
 """The whole application over HTTP: every real component, tiny models, the library's own output as the measure."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from common.own_experts.switch_transformers import SwitchTransformersForSequenceClassification
 from common.tokenizer import load_tokenizer
 from deployments.prompts import PromptReader
 from tests.actors.executor.harness import PROMPTS, library_greedy, library_model
 from tests.deployments.application import NUM_TOKENS, complete, running, token_names, wait_until
 from tests.deployments.fakes import VOCAB_SIZE
-from tests.tiny_models import NUM_EXPERTS, make_checkpoint
+from tests.tiny_models import NUM_EXPERTS, make_classifier_checkpoint
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize("app", ["exact", "gpt_oss"])
-def test_serves_the_librarys_tokens_to_concurrent_clients(app: str, request: pytest.FixtureRequest) -> None:
-    client, folder = request.getfixturevalue(app), request.getfixturevalue(f"{app}_folder")
-    reference = library_model(folder)
+def test_serves_the_librarys_tokens_to_concurrent_clients(exact: httpx.Client, exact_folder: Path) -> None:
+    reference = library_model(exact_folder)
     expected = [library_greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS]
     with ThreadPoolExecutor(len(PROMPTS)) as clients:
-        answers = list(clients.map(lambda prompt: complete(client, prompt), PROMPTS))
-    name = PromptReader(load_tokenizer(folder), VOCAB_SIZE, context_limit=100).token_text
+        answers = list(clients.map(lambda prompt: complete(exact, prompt), PROMPTS))
+    name = PromptReader(load_tokenizer(exact_folder), VOCAB_SIZE, context_limit=100).token_text
     assert [token_names(answer) for answer in answers] == [list(map(name, tokens)) for tokens in expected]
-
-
-@pytest.fixture(scope="module")
-def gpt_oss_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("gpt_oss", tmp_path_factory.mktemp("gpt_oss"))
-
-
-@pytest.fixture(scope="module")
-def gpt_oss(serve_url: str, gpt_oss_folder: Path) -> Iterator[httpx.Client]:
-    with running(serve_url, "gpt_oss", gpt_oss_folder, model_name="tiny", expert_slots=2) as client:
-        yield client
 
 
 def test_prediction_reaches_the_executor_through_redis(exact: httpx.Client) -> None:
@@ -81,3 +70,23 @@ def test_predicted_routing_serves_other_tokens_than_the_routers(
         predicted = complete(client, PROMPTS[0])
     assert predicted["choices"][0]["text"] != complete(exact, PROMPTS[0])["choices"][0]["text"]
     assert predicted["usage"]["experts"]["predicted"] == predicted["usage"]["experts"]["needed"]
+
+
+def test_classifies_the_texts_of_concurrent_clients(serve_url: str, tmp_path: Path) -> None:
+    folder = make_classifier_checkpoint(tmp_path, ("no", "perhaps", "yes"))
+    model = SwitchTransformersForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
+    with running(serve_url, "classifier", folder, model_name="tiny", expert_slots=2) as client:
+
+        def classify(number: int) -> dict[str, Any]:
+            texts = [PROMPTS[number], PROMPTS[0]]
+            answer: dict[str, Any] = client.post("/classify", json={"input": texts}).json()
+            return answer
+
+        with ThreadPoolExecutor(len(PROMPTS)) as clients:
+            answers = list(clients.map(classify, range(len(PROMPTS))))
+    for number, answer in enumerate(answers):
+        for judged, expected in zip(answer["data"], (logits[number], logits[0]), strict=True):
+            assert judged["probs"] == pytest.approx(expected.softmax(0).tolist(), abs=1e-4)
+            assert judged["label"] == ("no", "perhaps", "yes")[int(expected.argmax())]

@@ -12,7 +12,7 @@ import pytest
 from ray import serve
 
 from common.config import ServingConfig
-from deployments.ingress import Ingress
+from deployments.ingress import Ingress, ServedModel
 from examples import review_app
 from tests.deployments.fake_deployments import FakeExecutor, FakePredictor, FakeStore, OtherApplication
 from tests.deployments.fakes import CHAT_TEMPLATE, VOCAB_SIZE, token_ids, write_tokenizer
@@ -46,7 +46,7 @@ def url(serve_url: str, model_folder: Path) -> Iterator[str]:
         deployment(FakeExecutor, num_replicas=2, max_ongoing_requests=8, max_queued_requests=16).bind(),
         deployment(FakeStore).bind(),
     ]
-    serve.run(ingress.bind(config, VOCAB_SIZE, *fakes), name=APP, route_prefix="/ingress_test")
+    serve.run(ingress.bind(config, ServedModel(VOCAB_SIZE), *fakes), name=APP, route_prefix="/ingress_test")
     yield f"{serve_url}/ingress_test"
     serve.delete(APP)
 

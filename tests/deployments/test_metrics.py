@@ -67,6 +67,10 @@ async def test_every_executor_has_series_of_its_own(client: httpx.AsyncClient) -
         assert of(samples, "prompt_tokens_total", replica=replica) == 100 * factor
         assert of(samples, "generation_tokens_total", replica=replica) == 50 * factor
         assert of(samples, "expert_hash_tables_total", replica=replica, kind="on_time") == 4 * factor
+        by = {"replica": replica, "predictor": "next-gate"}
+        assert of(samples, "predictor_prefetched_total", **by) == 9 * factor
+        assert of(samples, "predictor_prefetched_used_total", **by) == 6
+        assert of(samples, "predictor_prefetched_wasted_total", **by) == 3
         for layer in (0, 1):
             where = {"replica": replica, "layer": str(layer)}
             assert of(samples, "expert_slots", **where) == NUM_SLOTS

@@ -8,17 +8,18 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi import checks
 
+from deployments.classification import ClassificationService
 from deployments.completions import CompletionService
 from deployments.http_api import create_http_api
 from deployments.prompts import PromptReader
-from tests.deployments.fakes import CHAT_TEMPLATE, VOCAB_SIZE, EchoBackend, byte_tokenizer
+from tests.deployments.fakes import CHAT_TEMPLATE, LABELS, VOCAB_SIZE, EchoBackend, byte_tokenizer
 
 CONTEXT_LIMIT = 300
 
-service = CompletionService(
-    "tiny", PromptReader(byte_tokenizer(CHAT_TEMPLATE), VOCAB_SIZE, CONTEXT_LIMIT), EchoBackend()
-)
-api = create_http_api(service, api_key=None)
+reader = PromptReader(byte_tokenizer(CHAT_TEMPLATE), VOCAB_SIZE, CONTEXT_LIMIT)
+service = CompletionService("tiny", reader, EchoBackend())
+classification = ClassificationService("tiny", reader, EchoBackend(), LABELS)
+api = create_http_api(service, api_key=None, classification=classification)
 operations = schemathesis.openapi.from_asgi("/openapi.json", api)
 answered: Counter[tuple[str, int]] = Counter()
 
@@ -36,7 +37,7 @@ def test_answers_as_documented(case: schemathesis.Case) -> None:
 GENERATIONS = ["/v1/completions", "/v1/chat/completions"]
 
 
-@pytest.mark.parametrize("path", [*GENERATIONS, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [*GENERATIONS, "/classify", "/tokenize", "/detokenize"])
 def test_answers_of_both_kinds_were_among_them(path: str) -> None:
     if not answered:
         pytest.skip("it looks at what test_answers_as_documented was answered")
@@ -63,7 +64,7 @@ def test_every_error_answer_has_openais_form_and_none_is_a_422(document: dict[st
     }
     assert all(422 not in statuses for statuses in documented.values())
     assert all(401 in statuses for (path, _), statuses in documented.items() if path != "/health")
-    for path in GENERATIONS:
+    for path in (*GENERATIONS, "/classify"):
         assert documented[path, "post"] == {200, 400, 401, 404, 503}
     for methods in document["paths"].values():
         for operation in methods.values():
@@ -89,8 +90,9 @@ def test_generations_are_documented_whole_and_streamed(
     assert fields["properties"]["presence_penalty"]["anyOf"][0]["const"] == 0
 
 
-def test_bodies_of_the_tokenizer_and_the_version_are_documented(document: dict[str, Any]) -> None:
+def test_the_other_bodies_are_documented(document: dict[str, Any]) -> None:
     for method, path, answer in (
+        ("post", "/classify", "Classification"),
         ("post", "/tokenize", "Tokenized"),
         ("post", "/detokenize", "Detokenized"),
         ("get", "/version", "Version"),

@@ -1,6 +1,11 @@
 import pytest
 
-from common.errors import ContextTooLongError, InvalidParameterError, NoChatTemplateError, VocabularyError
+from common.errors import (
+    ContextTooLongError,
+    InvalidParameterError,
+    NoChatTemplateError,
+    VocabularyError,
+)
 from deployments.chat_schema import ChatMessage
 from deployments.prompts import PromptReader
 from tests.deployments.fakes import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer, token_ids
@@ -88,3 +93,14 @@ def test_token_ids_become_text_again(reader: PromptReader) -> None:
         without.decode([1], "tokens")
     with pytest.raises(InvalidParameterError, match="echo=.* no tokenizer"):
         without.echo([1])
+
+
+def test_an_encoder_and_its_completion_have_the_limit_each() -> None:
+    reader = PromptReader(None, VOCAB_SIZE, context_limit=20, has_encoder=True)
+    prompt = [1] * 20
+    assert reader.read(prompt, 20) == tuple(prompt)
+    assert reader.room_after(prompt) == 20
+    with pytest.raises(ContextTooLongError, match="the prompt has 21 tokens; the limit is 20"):
+        reader.read([1] * 21, None)
+    with pytest.raises(InvalidParameterError, match="max_tokens=21 is not possible: at most 20"):
+        reader.read([1], 21)

@@ -41,6 +41,7 @@ class TwoExecutors(EchoBackend):
                 "slots_per_layer": NUM_SLOTS,
                 "num_experts": NUM_EXPERTS,
                 "layers": [_layer(layer, factor) for layer in range(NUM_LAYERS)],
+                "prefetches": {"next-gate": {"copied": 9 * factor, "used": 6, "wasted": 3}},
                 "hash_tables": {"on_time": 4 * factor, "late": 3, "lost": 2, "unusable": 1},
                 "num_running": 2 * factor,
                 "num_waiting": factor,

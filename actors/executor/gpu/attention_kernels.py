@@ -118,10 +118,15 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return tl.where(x < 0, -magnitude, magnitude)
 
 
+@triton.jit
+def _first_visible(position, window, chunk):  # type: ignore[no-untyped-def]
+    return tl.maximum(tl.maximum(position - window + 1, 0), position - position % chunk)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _range_of_splits(position, window, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _range_of_splits(position, window, chunk, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
     """The splits that hold a visible key: the first, and the one behind the last. Each holds at least one."""
-    return tl.maximum(position - window + 1, 0) // SPLIT, position // SPLIT + 1
+    return _first_visible(position, window, chunk) // SPLIT, position // SPLIT + 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -129,7 +134,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr, key_cache_ptr, value_cache_ptr,  # [batch, heads, D], [rows, kv_heads, num_tokens, D], the same of DV
     rows_ptr, positions_ptr,  # [batch]
     sums_ptr, maxima_ptr, totals_ptr,  # [batch, heads, num_splits, DV], [batch, heads, num_splits], the same; fp32
-    num_tokens, num_splits, window,
+    num_tokens, num_splits, window, chunk,
     scale, softcap,  # scale leads to powers of two; with a softcap, into the tanh, and softcap to powers of two
     HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr,
@@ -142,7 +147,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     num_kv = tl.num_programs(1) // blocks_per_group
     position = tl.load(positions_ptr + item).to(tl.int32)
     row = tl.load(rows_ptr + item)
-    first, end = _range_of_splits(position, window, SPLIT)
+    first, end = _range_of_splits(position, window, chunk, SPLIT)
     first += tl.program_id(0)
     if first >= end:
         return
@@ -158,7 +163,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q_mask = is_head[:, None] & (dims < D)[None, :]
     for split in range(first, end, tl.num_programs(0)):
         keys = split * SPLIT + tl.arange(0, SPLIT)
-        is_visible = (keys <= position) & (keys > position - window)
+        is_visible = (keys <= position) & (keys >= _first_visible(position, window, chunk))
         k_mask = is_visible[:, None] & (dims < D)[None, :]
         v_mask = is_visible[:, None] & (value_dims < DV)[None, :]
         q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)  # here, so that k need not wait for it
@@ -183,7 +188,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     sums_ptr, maxima_ptr, totals_ptr,  # as _attend_kernel left them
     positions_ptr, sinks_ptr,  # [batch], [heads] or None
     output_ptr,  # [batch, heads, DV]
-    num_splits, window,
+    num_splits, window, chunk,
     LOG2_E: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_DV dims of one head: the splits' sums, brought to one maximum, over their total."""
@@ -191,7 +196,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     line = tl.program_id(0) * tl.num_programs(1) + head
     dims = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     position = tl.load(positions_ptr + tl.program_id(0)).to(tl.int32)
-    first, end = _range_of_splits(position, window, SPLIT)
+    first, end = _range_of_splits(position, window, chunk, SPLIT)
     maximum = float("-inf")
     total = 0.0
     if sinks_ptr is not None:
@@ -230,6 +235,7 @@ def decode_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Attention of one query per row over that row's cache, up to its own position.
 
@@ -244,6 +250,7 @@ def decode_attention(
         window: see only so many positions, the last ones.
         sinks: [q_heads], for each head a logit that takes part in the softmax and weighs no value.
         softcap: bound the scores by softcap * tanh(scores / softcap).
+        chunk: see no position before the last multiple of it.
     Returns:
         [batch, q_heads, value_dim] of q's dtype.
     """
@@ -254,12 +261,13 @@ def decode_attention(
     split = _split_size(block_d + block_dv, q.itemsize)
     num_splits = triton.cdiv(num_tokens, split)
     window = num_tokens if window is None else window
+    chunk = num_tokens if chunk is None else chunk
     sums = q.new_empty(batch, num_heads, num_splits, value_dim, dtype=torch.float32)
     maxima, totals = q.new_empty(2, batch, num_heads, num_splits, dtype=torch.float32).unbind()
     num_blocks = num_kv * triton.cdiv(num_heads // num_kv, _HEADS_PER_PROGRAM)
     num_programs = min(num_splits, max(1, _MAX_PROGRAMS // (batch * num_blocks)))
     _attend_kernel[(num_programs, num_blocks, batch)](
-        q, key_cache, value_cache, rows, positions, sums, maxima, totals, num_tokens, num_splits, window,
+        q, key_cache, value_cache, rows, positions, sums, maxima, totals, num_tokens, num_splits, window, chunk,
         scaling * _LOG2_E if softcap is None else scaling / softcap, 0.0 if softcap is None else softcap * _LOG2_E,
         HAS_SOFTCAP=softcap is not None, GROUP=num_heads // num_kv, D=head_dim, DV=value_dim,
         BLOCK_G=_HEADS_PER_PROGRAM, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLIT=split,
@@ -269,7 +277,7 @@ def decode_attention(
     output = q.new_empty(batch, num_heads, value_dim)
     block_dv = min(block_dv, 64)
     _merge_kernel[(batch, num_heads, triton.cdiv(value_dim, block_dv))](
-        sums, maxima, totals, positions, sinks, output, num_splits, window,
+        sums, maxima, totals, positions, sinks, output, num_splits, window, chunk,
         LOG2_E=_LOG2_E, DV=value_dim, BLOCK_DV=block_dv, SPLIT=split, BLOCK_S=_MERGED_SPLITS,
         num_warps=4,
     )  # fmt: skip

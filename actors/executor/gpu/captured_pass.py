@@ -14,12 +14,17 @@ Reroute = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 Foresee = Callable[[int], Tensor]
 
 
+class NotCapturableError(RuntimeError):
+    """A step cannot become a graph: something in it waits for the device, or its rows are not what the host knows."""
+
+
 @dataclass(frozen=True)
 class CapturedPass:
     """What a layer's experts need to know of the pass they are part of."""
 
     pager: DevicePager
     num_layers: int
+    num_rows: int  # one token each
     num_active: Tensor  # int32 [1]; rows from there on are padding
     prefetches: bool = False  # whether next_scores are of use
     reroute: Reroute | None = None
@@ -34,7 +39,13 @@ class CapturedPass:
         weights: Tensor,
         next_scores: Tensor | None = None,
     ) -> Tensor:
-        """`slot_experts.run_slot_experts` of this pass."""
+        """`slot_experts.run_slot_experts` of this pass.
+
+        Raises:
+            NotCapturableError: a token is several rows to the experts (Llama 4 with several experts per token).
+        """
+        if len(hidden) != self.num_rows:
+            raise NotCapturableError(f"its experts take {len(hidden)} rows for {self.num_rows} tokens")
         if self.reroute is not None:
             ids, weights = self.reroute(layer, ids, weights)
         if self.foresee is not None and layer + 1 < self.num_layers:

@@ -30,6 +30,7 @@ class DevicePrompts:
     """
 
     runs_ahead = True
+    reads_whole = False
 
     def __init__(
         self, slot_model: SlotModel, runner: ModelRunner, forward: PromptForward | None, prefetch: bool = True

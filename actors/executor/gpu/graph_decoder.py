@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from actors.executor.decoder import Drawn, PendingStep, StepResult
-from actors.executor.gpu.captured_pass import CapturedPass, Foresee, Reroute
+from actors.executor.gpu.captured_pass import CapturedPass, Foresee, NotCapturableError, Reroute
 from actors.executor.gpu.device_sampler import RowSampling, sample_tokens
 from actors.executor.gpu.pager import MAX_PREFETCHED, MAX_ROWS, DevicePager
 from actors.executor.gpu.prefetch_governor import (
@@ -78,7 +78,7 @@ class GraphDecoder:
         """Capture every bucket's graph; until then, and without CUDA, steps are queued kernel by kernel.
 
         Raises:
-            NotCapturableError: the model's forward waits for the device.
+            NotCapturableError: the model's forward waits for the device, or is not one row per token.
         """
         started = time.perf_counter()
         if self._device.type != "cuda":
@@ -172,7 +172,13 @@ class GraphDecoder:
         token_ids, positions = self._last_tokens[rows], self._positions[rows]
         prefetches = self._prefetch and self._pager.can_prefetch(bucket.size, self._top_k)
         self._clock.running = CapturedPass(
-            self._pager, self._clock.num_layers, bucket.num_active, prefetches, self._reroute, self._foresee
+            self._pager,
+            self._clock.num_layers,
+            bucket.size,
+            bucket.num_active,
+            prefetches,
+            self._reroute,
+            self._foresee,
         )
         bucket.logits = self._step(token_ids, positions, rows)
         self._clock.running = None
@@ -183,10 +189,6 @@ class GraphDecoder:
         self._positions[self._num_rows].zero_()  # padding attends to one token, however long this runs
         bucket.outputs[:, 0] = tokens
         bucket.outputs[:, 1] = self._pager.row_missed[: bucket.size]
-
-
-class NotCapturableError(RuntimeError):
-    """A step cannot become a graph: something in it waits for the device."""
 
 
 @contextmanager

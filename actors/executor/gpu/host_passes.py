@@ -18,6 +18,7 @@ from actors.executor.expert_source import ExpertSource
 from actors.executor.gpu.copy_stream import CopyStream
 from actors.executor.gpu.host_experts import HostExperts
 from actors.executor.gpu.page_state import (
+    ASKERS,
     EVICTION_ORDERS,
     EVICTIONS,
     FETCHED,
@@ -28,7 +29,14 @@ from actors.executor.gpu.page_state import (
     WASTED,
     PageState,
 )
-from actors.executor.pager import ABSENT, Activity, LayerCounters
+from actors.executor.pager import (
+    ABSENT,
+    HASH_FUNCTION,
+    RESIDENT_SET,
+    Activity,
+    LayerCounters,
+    PrefetchCounts,
+)
 from actors.executor.slots import SlotPool
 
 _TIMED_COPIES = 16
@@ -42,6 +50,7 @@ class HostPasses:
         experts: where the device finds the source's experts.
         eviction: a name in EVICTION_ORDERS.
         poison_free_slots: fill slots with NaN when they are free, and what experts have yet to compute; for tests.
+        pinned: of each layer the experts that keep their slots once they have one, fewer than there are slots.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class HostPasses:
         experts: HostExperts,
         eviction: str = "lru",
         poison_free_slots: bool = False,
+        pinned: Sequence[Collection[int]] = (),
     ) -> None:
         self.source, self.num_experts, self.num_slots = source, num_experts, pools[0].num_slots
         self._pools, self._order = pools, EVICTION_ORDERS[eviction]
@@ -60,6 +70,10 @@ class HostPasses:
         shape = (len(pools), num_experts, self.num_slots)
         self.state = PageState(*shape, device=device)
         self._mirror = PageState(*shape, pin_memory=device.type == "cuda")
+        self.num_pinned = max(map(len, pinned), default=0)  # of a layer
+        for layer, expert_ids in enumerate(pinned):
+            self._mirror.pinned[layer, list(expert_ids)] = 1
+        self.state.pinned.copy_(self._mirror.pinned)
         self._copies = CopyStream(device) if device.type == "cuda" else None
         # Layer and experts of the wave that the host reads, and the experts of the next one that it loads already.
         self._reading: tuple[int, list[int]] = (ABSENT, [])
@@ -72,8 +86,12 @@ class HostPasses:
 
     @property
     def wave_size(self) -> int:
-        """Half of the slots: the other half is filled meanwhile."""
-        return max(1, self.num_slots // 2)
+        """Half of the slots that are not pinned: the other half is filled meanwhile."""
+        return max(1, (self.num_slots - self.num_pinned) // 2)
+
+    def fits(self, layer: int, expert_ids: NDArray[np.int64]) -> bool:
+        pinned = self._mirror.pinned[layer].numpy()
+        return len(expert_ids) + int(pinned.sum() - pinned[expert_ids].sum()) <= self.num_slots
 
     @property
     def holds_all(self) -> bool:
@@ -158,12 +176,19 @@ class HostPasses:
         return LayerCounters(
             hits=counted[HITS],
             misses=counted[MISSES],
-            prefetched=counted[PREFETCHED],
-            prefetched_used=counted[USED],
-            prefetched_wasted=counted[WASTED],
+            prefetched=sum(counted[column] for column in PREFETCHED),
+            prefetched_used=sum(counted[column] for column in USED),
+            prefetched_wasted=sum(counted[column] for column in WASTED),
             evictions=counted[EVICTIONS],
-            moved_bytes=(counted[FETCHED] + counted[PREFETCHED]) * self.source.layout.slab_bytes,
+            moved_bytes=sum(counted[column] for column in (FETCHED, *PREFETCHED))
+            * self.source.layout.slab_bytes,
         )
+
+    def prefetches(self) -> dict[str, PrefetchCounts]:
+        totals = self._mirror.counters.sum(dim=0).tolist()
+        columns = zip(ASKERS, PREFETCHED, USED, WASTED, strict=True)
+        counts = {by: PrefetchCounts(*(totals[column] for column in three)) for by, *three in columns}
+        return {by: each for by, each in counts.items() if each.copied}
 
     def activity(self) -> Activity:
         mirror = self._mirror
@@ -175,13 +200,15 @@ class HostPasses:
 
     @contextmanager
     def reading(self, layer: int, expert_ids: Sequence[int]) -> Iterator[Tensor]:
-        assert len(expert_ids) <= self.num_slots
         ids, mirror = list(expert_ids), self._mirror
+        assert self.fits(layer, np.array(ids, np.int64))
         slot_of, unused = mirror.slot_of[layer].numpy(), mirror.unused[layer].numpy()
         counters = mirror.counters[layer].numpy()
         counters[HITS] += (slot_of[ids] != ABSENT).sum() - len(self._loaded_ahead)
-        counters[USED] += unused[ids].sum()
-        unused[ids] = 0
+        for expert_id in unused.nonzero()[0]:
+            if expert_id in ids:
+                counters[USED[unused[expert_id] - 1]] += 1
+                unused[expert_id] = 0
         self._loaded_ahead.clear()
         self._reading = (layer, ids)
         self._load_missing(layer, ids, keep=ids)
@@ -208,11 +235,12 @@ class HostPasses:
         self._mirror.counters[layer].numpy()[[MISSES, FETCHED]] += len(loaded)
         return loaded
 
-    def prefetch(self, layer: int, expert_id: int, keep: Collection[int]) -> bool:
+    def prefetch(self, layer: int, expert_id: int, keep: Collection[int], by: str = HASH_FUNCTION) -> bool:
         if self._is_resident(layer, expert_id) or not self._load(layer, [expert_id], keep):
             return False
-        self._mirror.counters[layer].numpy()[PREFETCHED] += 1
-        self._mirror.unused[layer].numpy()[expert_id] = 1
+        asker = ASKERS.index(by)
+        self._mirror.counters[layer].numpy()[PREFETCHED[asker]] += 1
+        self._mirror.unused[layer].numpy()[expert_id] = 1 + asker
         return True
 
     def _is_resident(self, layer: int, expert_id: int) -> bool:
@@ -223,7 +251,7 @@ class HostPasses:
         with self.host_pass():
             for layer in range(len(self._pools)):
                 for expert_id in range(self.num_slots):
-                    self.prefetch(layer, expert_id, keep=range(expert_id))
+                    self.prefetch(layer, expert_id, keep=range(expert_id), by=RESIDENT_SET)
 
     def _load(self, layer: int, expert_ids: Sequence[int], keep: Collection[int]) -> list[int]:
         """Queue the copies of absent experts. Returns: those for which a slot could be had."""
@@ -242,13 +270,15 @@ class HostPasses:
         return loaded
 
     def _slots_to_take(self, layer: int, heat: NDArray[np.float32], keep: Collection[int]) -> list[int]:
-        """Slots without an expert of `keep`, in the order of eviction of `paging_kernels`."""
+        """Slots without a pinned expert or one of `keep`, in the order of eviction of `paging_kernels`."""
         mirror = self._mirror
         expert_in, stamps = mirror.expert_in[layer].numpy(), mirror.stamps[layer].numpy()
         value = heat if self._order.by_heat else stamps
         fresh = mirror.unused[layer].numpy().astype(bool) & (stamps == mirror.step.numpy())
         reading_layer, reading = self._reading
-        kept = {*keep, *reading} if reading_layer == layer else set(keep)
+        kept = {*keep, *mirror.pinned[layer].numpy().nonzero()[0].tolist()}
+        if reading_layer == layer:
+            kept.update(reading)
         free = np.flatnonzero(expert_in == ABSENT)
         occupied = [slot for slot in np.flatnonzero(expert_in != ABSENT) if expert_in[slot] not in kept]
         experts = expert_in[occupied]
@@ -261,8 +291,10 @@ class HostPasses:
         if expert_id == ABSENT:
             return
         counters, unused = mirror.counters[layer].numpy(), mirror.unused[layer].numpy()
-        counters[[EVICTIONS, WASTED]] += (1, unused[expert_id])
-        unused[expert_id] = 0
+        counters[EVICTIONS] += 1
+        if unused[expert_id]:
+            counters[WASTED[unused[expert_id] - 1]] += 1
+            unused[expert_id] = 0
         mirror.slot_of[layer].numpy()[expert_id] = ABSENT
         mirror.expert_in[layer].numpy()[slot] = ABSENT
 

@@ -6,20 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.executor.pager import ABSENT
+from actors.executor.pager import ABSENT, HASH_FUNCTION, NEXT_GATE, RESIDENT_SET, WARM_UP
 
-# Columns of the counters; `paging_kernels` counts on this order.
-COUNTERS = (
-    "hits",
-    "misses",
-    "fetched",
-    "evictions",
-    "prefetched",
-    "prefetched_used",
-    "prefetched_wasted",
-    "spare",
-)
-HITS, MISSES, FETCHED, EVICTIONS, PREFETCHED, USED, WASTED, _ = range(len(COUNTERS))
+ASKERS = (HASH_FUNCTION, NEXT_GATE, WARM_UP, RESIDENT_SET)  # for copies ahead of need
+# Columns of the counters, of which each asker has the last three; `paging_kernels` counts on this order.
+HITS, MISSES, FETCHED, EVICTIONS = range(4)
+PREFETCHED, USED, WASTED = (range(4 + kind, 4 + 3 * len(ASKERS), 3) for kind in range(3))
+NUM_COUNTERS = 4 + 3 * len(ASKERS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class PageState:
     def __init__(self, num_layers: int, num_experts: int, num_slots: int, **placement: Any) -> None:
         fields = {
             "step": (torch.int64, (1,)),
-            "counters": (torch.int64, (num_layers, len(COUNTERS))),
+            "counters": (torch.int64, (num_layers, NUM_COUNTERS)),
             "stamps": (torch.int64, (num_layers, num_experts)),  # step of the last use, or of the copy
             "heat": (
                 torch.float32,
@@ -52,7 +45,9 @@ class PageState:
             ),  # uses, halved every HALF_LIFE_PASSES; as of the stamp
             "slot_of": (torch.int32, (num_layers, num_experts)),  # or ABSENT
             "expert_in": (torch.int32, (num_layers, num_slots)),  # or ABSENT
-            "unused": (torch.int8, (num_layers, num_experts)),  # prefetched, and not needed since
+            # Prefetched, and not needed since: 1 + the place among ASKERS of who asked for it.
+            "unused": (torch.int8, (num_layers, num_experts)),
+            "pinned": (torch.int8, (num_layers, num_experts)),  # no victims
         }
         sizes = [int(np.prod(shape)) * dtype.itemsize for dtype, shape in fields.values()]
         self.memory = torch.zeros(sum(sizes), dtype=torch.uint8, **placement)
@@ -60,6 +55,7 @@ class PageState:
         views = (
             part.view(dtype).view(shape) for part, (dtype, shape) in zip(parts, fields.values(), strict=True)
         )
-        self.step, self.counters, self.stamps, self.heat, self.slot_of, self.expert_in, self.unused = views
+        self.step, self.counters, self.stamps, self.heat = (next(views) for _ in range(4))
+        self.slot_of, self.expert_in, self.unused, self.pinned = views
         self.slot_of.fill_(ABSENT)
         self.expert_in.fill_(ABSENT)

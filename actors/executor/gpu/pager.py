@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.executor.eviction import HALF_LIFE_PASSES
 from actors.executor.gpu.host_passes import HostPasses
-from actors.executor.gpu.page_state import COUNTERS, PREFETCHED, USED
+from actors.executor.gpu.page_state import ASKERS, NUM_COUNTERS, PREFETCHED, USED
 from actors.executor.gpu.paging_kernels import (
     fetch_kernel,
     list_kernel,
@@ -25,9 +25,11 @@ from actors.executor.gpu.paging_kernels import (
     prefetch_used_kernel,
 )
 from actors.executor.gpu.prefetch_governor import PrefetchGovernor
+from actors.executor.pager import HASH_FUNCTION, NEXT_GATE
 
 MAX_ROWS = 32  # of a pass that pages by itself
 MAX_PREFETCHED = 4  # experts of a layer and step, by a guess of the next layer's routing
+_TABLES, _GUESSES = ASKERS.index(HASH_FUNCTION), ASKERS.index(NEXT_GATE)
 PAIRS_AT_ONCE = 1024  # (row, choice) pairs that a kernel of prompts looks at
 # Enough reads in flight to fill the link, few enough to leave the processors to the compute.
 _FETCH_PROGRAMS = 16
@@ -70,7 +72,7 @@ class DevicePager(HostPasses):
     def review_prefetching(self, governor: PrefetchGovernor) -> None:
         """Set what each layer may prefetch by what the last `refresh` brought."""
         counters = self._mirror.counters.numpy()
-        budget = governor.review(counters[:, PREFETCHED], counters[:, USED])
+        budget = governor.review(counters[:, PREFETCHED[_GUESSES]], counters[:, USED[_GUESSES]])
         if not np.array_equal(budget, self._budget):
             self._budget = budget
             self.prefetch_budget.copy_(torch.from_numpy(budget)[:, None])
@@ -92,7 +94,7 @@ class DevicePager(HostPasses):
 
     def can_prefetch(self, num_rows: int, top_k: int) -> bool:
         """Whether a step of so many rows leaves slots for experts that it may not need."""
-        return not self.holds_all and num_rows * top_k + MAX_PREFETCHED <= self.num_slots
+        return not self.holds_all and num_rows * top_k + MAX_PREFETCHED <= self.num_slots - self.num_pinned
 
     def waves(
         self,
@@ -132,16 +134,24 @@ class DevicePager(HostPasses):
                 self._prefetch_next(layer + 1, next_scores, num_active, top_k)
                 self._prefetched, self._guess = self._mark(), next_scores
             if next_ids is not None and layer + 1 < len(self._pools):
-                self._prefetch_used(layer + 1, next_ids, MAX_PREFETCHED)
+                self._prefetch_used(layer + 1, next_ids, MAX_PREFETCHED, _GUESSES)
                 self._prefetched, self._guess = self._mark(), next_ids
         yield scratch.hits(min(most, self.num_slots))
         if fetched is not None:
             torch.cuda.current_stream().wait_event(fetched)
         yield scratch.misses(min(most, self.num_slots))
-        for _ in range(triton.cdiv(max(0, most - self.num_slots), self.num_slots)):
+        for _ in range(self._num_more_waves(most)):
             self._page(layer, ids, num_active, of_prompts, first=False)
             self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
             yield scratch.misses(min(most, self.num_slots))
+
+    def _num_more_waves(self, most: int) -> int:
+        """After the first, which holds whatever is needed and pinned; each of the others leaves pinned slots alone."""
+        size = self.num_slots - self.num_pinned
+        return int(triton.cdiv(max(0, min(most, self.num_experts - self.num_pinned) - size), size))
+
+    def _pinned(self, layer: int) -> Tensor | None:
+        return self.state.pinned[layer] if self.num_pinned else None
 
     def prefetch_used(self, layer: int, expert_ids: Sequence[int]) -> None:
         """Between two layers of a prompt: have experts that a coming layer is predicted to use copied beside the compute."""
@@ -152,7 +162,9 @@ class DevicePager(HostPasses):
             ids = ids.pin_memory()
         # Layers before have made the copies wait for all earlier reads of any slot; their own compute, they need not.
         with self._beside(after_queued=layer == 0):
-            self._prefetch_used(layer, ids.to(self.state.step.device, non_blocking=True), self.num_slots)
+            self._prefetch_used(
+                layer, ids.to(self.state.step.device, non_blocking=True), self.num_slots, _TABLES
+            )
             self._prefetched = self._mark()
 
     def _all_resident(self, layer: int, ids: Tensor, num_active: Tensor, most: int, of_prompts: bool) -> Wave:
@@ -170,15 +182,15 @@ class DevicePager(HostPasses):
         slots_p, experts_p = _padded(self.num_slots), _padded(self.num_experts)
         page_kernel[(1,)](
             ids, num_active, state.slot_of[layer], state.expert_in[layer],
-            state.stamps[layer], state.heat[layer], state.unused[layer], state.step, state.counters[layer],
-            None if of_prompts else self.row_missed,
+            state.stamps[layer], state.heat[layer], state.unused[layer], self._pinned(layer), state.step,
+            state.counters[layer], None if of_prompts else self.row_missed,
             scratch.done, scratch.needed, scratch.keys, scratch.order,
             scratch.hit_slots, scratch.hit_experts, scratch.num_hits, scratch.hit_map,
             scratch.miss_slots, scratch.miss_experts, scratch.num_misses, scratch.miss_map,
             FIRST=first, STAMP_USE=self._order.stamp_use, BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES,
             TOP_K=top_k, NUM_EXPERTS=self.num_experts,
             NUM_SLOTS=self.num_slots, ROWS_P=1 if of_prompts else _padded(rows), TOP_K_P=_padded(top_k), EXPERTS_P=experts_p,
-            SLOTS_P=slots_p, COUNTERS=len(COUNTERS), PAIRS=PAIRS_AT_ONCE if of_prompts else _padded(rows * top_k),
+            SLOTS_P=slots_p, COUNTERS=NUM_COUNTERS, PAIRS=PAIRS_AT_ONCE if of_prompts else _padded(rows * top_k),
             num_warps=4 if slots_p <= 128 else 8,
         )  # fmt: skip
 
@@ -188,25 +200,25 @@ class DevicePager(HostPasses):
         prefetch_kernel[(1,)](
             scores, num_active, self.prefetch_budget[layer],
             state.slot_of[layer], state.expert_in[layer], state.stamps[layer], state.heat[layer], state.unused[layer],
-            state.step, state.counters[layer],
+            self._pinned(layer), state.step, state.counters[layer],
             scratch.needed, scratch.keys, scratch.miss_slots, scratch.miss_experts, scratch.num_misses,
-            SCORES_STRIDE=scores.stride(0), MOST=MAX_PREFETCHED, STAMP_USE=self._order.stamp_use,
+            SCORES_STRIDE=scores.stride(0), MOST=MAX_PREFETCHED, ASKER=_GUESSES, STAMP_USE=self._order.stamp_use,
             BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES, TOP_K=top_k, NUM_EXPERTS=self.num_experts,
             NUM_SLOTS=self.num_slots, ROWS=len(scores), EXPERTS_P=_padded(self.num_experts),
-            SLOTS_P=_padded(self.num_slots), COUNTERS=len(COUNTERS),
+            SLOTS_P=_padded(self.num_slots), COUNTERS=NUM_COUNTERS,
         )  # fmt: skip
         self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
 
-    def _prefetch_used(self, layer: int, ids: Tensor, budget: int) -> None:
+    def _prefetch_used(self, layer: int, ids: Tensor, budget: int, asker: int) -> None:
         state, scratch = self.state, self._prefetch_scratch
         prefetch_used_kernel[(1,)](
             ids, ids.numel(), budget,
             state.slot_of[layer], state.expert_in[layer], state.stamps[layer], state.heat[layer], state.unused[layer],
-            state.step, state.counters[layer], self.num_prefetched,
+            self._pinned(layer), state.step, state.counters[layer], self.num_prefetched,
             scratch.needed, scratch.keys, scratch.order, scratch.miss_slots, scratch.miss_experts, scratch.num_misses,
             BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES, NUM_EXPERTS=self.num_experts,
             NUM_SLOTS=self.num_slots, EXPERTS_P=_padded(self.num_experts), SLOTS_P=_padded(self.num_slots),
-            COUNTERS=len(COUNTERS), PAIRS=PAIRS_AT_ONCE,
+            COUNTERS=NUM_COUNTERS, PAIRS=PAIRS_AT_ONCE, ASKER=asker,
         )  # fmt: skip
         self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
 

@@ -58,6 +58,26 @@ def _victim_ranks(  # type: ignore[no-untyped-def]
     return _ranks(keys, keys_ptr, NUM_SLOTS, SLOTS_P)
 
 
+@triton.jit
+def _packed(asker):  # type: ignore[no-untyped-def]
+    """One copy of an asker's: 16 bits of the sum are each asker's count. Args: asker: 0 to 3."""
+    return (asker.to(tl.int64) * 0 + 1) << (asker.to(tl.int64) * 16)
+
+
+@triton.jit
+def _by_asker(chosen, unused):  # type: ignore[no-untyped-def]
+    """Packed counts of those chosen that nothing has needed since they were prefetched. Args: unused: 0, or 1 + asker."""
+    return tl.sum(tl.where(chosen & (unused > 0), _packed(tl.maximum(unused - 1, 0)), 0), axis=0)
+
+
+@triton.jit
+def _asker_columns(column, used, wasted):  # type: ignore[no-untyped-def]
+    """What packed counts add to the counters: to columns 5, 8, ... the used, to 6, 9, ... the wasted."""
+    asker, kind = (tl.maximum(column, 4) - 4) // 3, (tl.maximum(column, 4) - 4) % 3
+    packed = tl.where(kind == 1, used, tl.where(kind == 2, wasted, 0))
+    return (packed >> (asker.to(tl.int64) * 16)) & 0xFFFF
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _uses(  # type: ignore[no-untyped-def]
     ids_ptr,
@@ -103,9 +123,10 @@ def page_kernel(  # type: ignore[no-untyped-def]
     num_active_ptr,  # int32: rows beyond are padding and need nothing
     slot_of_ptr, expert_in_ptr,  # int32 [experts], [slots]; -1: absent, free
     stamps_ptr, heat_ptr,  # int64, float32 [experts]: step of the last use or copy; uses, the older the less they count
-    unused_ptr,  # int8 [experts]: prefetched, and not needed since
+    unused_ptr,  # int8 [experts]: prefetched, and not needed since: 1 + who asked for it
+    pinned_ptr,  # int8 [experts]: no victims; None: all may be
     step_ptr,  # int64
-    counters_ptr,  # int64 [COUNTERS], columns in the order of pager.COUNTERS
+    counters_ptr,  # int64 [COUNTERS], columns in the order of page_state
     row_missed_ptr,  # int32 [rows] or None
     done_ptr,  # int8 [experts]: needed by this step and served by an earlier wave
     needed_ptr, keys_ptr, order_ptr,  # scratch: int8 [experts], int64 [slots], int32 [slots]
@@ -128,7 +149,7 @@ def page_kernel(  # type: ignore[no-untyped-def]
     expert_in = tl.load(expert_in_ptr + slots, mask=slots < NUM_SLOTS, other=-1)
     is_occupied = expert_in >= 0
     stamps = tl.load(stamps_ptr + expert_in, mask=is_occupied, other=0)  # [slots]
-    slot_is_unused = tl.load(unused_ptr + expert_in, mask=is_occupied, other=0) != 0
+    slot_unused = tl.load(unused_ptr + expert_in, mask=is_occupied, other=0)
     expert_stamps = tl.load(stamps_ptr + experts, mask=is_expert, other=0)
     heat = tl.load(heat_ptr + experts, mask=is_expert, other=0.0)
     heat = _heat_now(heat, expert_stamps, step, HALF_LIFE)
@@ -147,13 +168,19 @@ def page_kernel(  # type: ignore[no-untyped-def]
     tl.store(needed_ptr + experts, needed.to(tl.int8), mask=is_expert)
     hit, miss = needed & (slot_of >= 0), needed & (slot_of < 0)
     num_hits, num_absent = tl.sum(hit.to(tl.int32), axis=0), tl.sum(miss.to(tl.int32), axis=0)
-    num_misses = tl.minimum(num_absent, NUM_SLOTS - num_hits)
+    num_takeable = NUM_SLOTS - num_hits
+    if pinned_ptr is not None:
+        is_pinned = tl.load(pinned_ptr + experts, mask=is_expert, other=0) != 0
+        num_takeable -= tl.sum((is_pinned & (slot_of >= 0) & (hit == 0)).to(tl.int32), axis=0)
+    num_misses = tl.minimum(num_absent, num_takeable)
     place = tl.cumsum(miss.to(tl.int32), axis=0) - 1  # [experts], among the misses
     assigned = miss & (place < num_misses)
     tl.store(miss_experts_ptr + place, experts, mask=assigned)
     tl.debug_barrier()
     in_need = tl.load(needed_ptr + expert_in, mask=is_occupied, other=0) != 0
-    is_fresh = is_occupied & slot_is_unused & (stamps == step)
+    if pinned_ptr is not None:
+        in_need = in_need | (tl.load(pinned_ptr + expert_in, mask=is_occupied, other=0) != 0)
+    is_fresh = is_occupied & (slot_unused != 0) & (stamps == step)
     rank = _victim_ranks(
         value, is_occupied, expert_in, in_need, is_fresh, slots, keys_ptr, NUM_SLOTS, SLOTS_P
     )
@@ -177,8 +204,9 @@ def page_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, COUNTERS)
     gained = tl.where(column == 2, num_misses, 0)
     gained += tl.where(column == 3, tl.sum(evicted.to(tl.int32), axis=0), 0)
-    gained += tl.where(column == 6, tl.sum((evicted & slot_is_unused).to(tl.int32), axis=0), 0)
+    used = step * 0
     if FIRST:
+        used = _by_asker(hit, unused)
         hit_place = tl.cumsum(hit.to(tl.int32), axis=0) - 1
         tl.store(hit_slots_ptr + hit_place, slot_of, mask=hit)
         tl.store(hit_experts_ptr + hit_place, experts, mask=hit)
@@ -186,9 +214,9 @@ def page_kernel(  # type: ignore[no-untyped-def]
         tl.store(num_hits_ptr, num_hits)
         tl.store(done_ptr + experts, (hit | assigned).to(tl.int8), mask=is_expert)
         gained += tl.where(column == 0, num_hits, 0) + tl.where(column == 1, num_absent, 0)
-        gained += tl.where(column == 5, tl.sum((hit & (unused != 0)).to(tl.int32), axis=0), 0)
     else:
         tl.store(done_ptr + experts, 1, mask=assigned)
+    gained += _asker_columns(column, used, _by_asker(evicted, slot_unused))
     tl.store(counters_ptr + column, tl.load(counters_ptr + column) + gained)
 
 
@@ -196,16 +224,17 @@ def page_kernel(  # type: ignore[no-untyped-def]
 def prefetch_kernel(  # type: ignore[no-untyped-def]
     scores_ptr,  # [rows, NUM_EXPERTS], SCORES_STRIDE apart: what the layer's router says of an earlier hidden state
     num_active_ptr, budget_ptr,  # int32: rows beyond are padding; experts to prefetch at most
-    slot_of_ptr, expert_in_ptr, stamps_ptr, heat_ptr, unused_ptr, step_ptr, counters_ptr,  # as in `page_kernel`
+    slot_of_ptr, expert_in_ptr, stamps_ptr, heat_ptr, unused_ptr, pinned_ptr, step_ptr, counters_ptr,  # as in `page_kernel`
     needed_ptr, keys_ptr,  # scratch: int8 [experts], int64 [slots]
     new_slots_ptr, new_experts_ptr, num_new_ptr,  # what is to be copied
-    SCORES_STRIDE: tl.constexpr, MOST: tl.constexpr, STAMP_USE: tl.constexpr, BY_HEAT: tl.constexpr,
+    SCORES_STRIDE: tl.constexpr, MOST: tl.constexpr, ASKER: tl.constexpr, STAMP_USE: tl.constexpr, BY_HEAT: tl.constexpr,
     HALF_LIFE: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_SLOTS: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS_P: tl.constexpr, SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """Give slots to the likeliest absent experts among every row's TOP_K, before their layer's own router decides.
 
-    What a row is predicted to use and is resident is no victim. At most MOST, and TOP_K * rows must leave that many slots.
+    What a row is predicted to use and is resident is no victim. At most MOST, and TOP_K * rows must leave that many slots
+    beside pinned ones.
     """
     experts, slots = tl.arange(0, EXPERTS_P), tl.arange(0, SLOTS_P)
     is_expert = experts < NUM_EXPERTS
@@ -233,6 +262,8 @@ def prefetch_kernel(  # type: ignore[no-untyped-def]
     tl.store(needed_ptr + experts, (best > float("-inf")).to(tl.int8), mask=is_expert)
     tl.debug_barrier()
     in_need = tl.load(needed_ptr + expert_in, mask=is_occupied, other=0) != 0
+    if pinned_ptr is not None:
+        in_need = in_need | (tl.load(pinned_ptr + expert_in, mask=is_occupied, other=0) != 0)
     rank = _victim_ranks(
         value, is_occupied, expert_in, in_need, slots < 0, slots, keys_ptr, NUM_SLOTS, SLOTS_P
     )
@@ -240,7 +271,7 @@ def prefetch_kernel(  # type: ignore[no-untyped-def]
     wanted = tl.where(slot_of < 0, best, float("-inf"))
     num_new = 0
     num_evicted = 0
-    num_wasted = 0
+    wasted = step * 0
     for place in tl.static_range(MOST):
         highest = tl.max(wanted, axis=0)
         expert = tl.min(tl.where(wanted == highest, experts, EXPERTS_P), axis=0)
@@ -249,13 +280,14 @@ def prefetch_kernel(  # type: ignore[no-untyped-def]
             old = tl.load(expert_in_ptr + slot)
             if old >= 0:
                 tl.store(slot_of_ptr + old, -1)
-                num_wasted += tl.load(unused_ptr + old).to(tl.int32)
+                unused = tl.load(unused_ptr + old)
+                wasted += tl.where(unused > 0, _packed(tl.maximum(unused - 1, 0)), 0)
                 tl.store(unused_ptr + old, 0)
                 num_evicted += 1
             heat = tl.load(heat_ptr + expert)
             tl.store(heat_ptr + expert, _heat_now(heat, tl.load(stamps_ptr + expert), step, HALF_LIFE))
             tl.store(stamps_ptr + expert, step)
-            tl.store(unused_ptr + expert, 1)
+            tl.store(unused_ptr + expert, 1 + ASKER)
             tl.store(slot_of_ptr + expert, slot)
             tl.store(expert_in_ptr + slot, expert)
             tl.store(new_slots_ptr + place, slot)
@@ -264,8 +296,8 @@ def prefetch_kernel(  # type: ignore[no-untyped-def]
         wanted = tl.where(experts == expert, float("-inf"), wanted)
     tl.store(num_new_ptr, num_new)
     column = tl.arange(0, COUNTERS)
-    gained = tl.where(column == 3, num_evicted, 0) + tl.where(column == 4, num_new, 0)
-    gained += tl.where(column == 6, num_wasted, 0)
+    gained = tl.where(column == 3, num_evicted, 0) + tl.where(column == 4 + 3 * ASKER, num_new, 0)
+    gained += _asker_columns(column, 0, wasted)
     tl.store(counters_ptr + column, tl.load(counters_ptr + column) + gained)
 
 
@@ -273,16 +305,16 @@ def prefetch_kernel(  # type: ignore[no-untyped-def]
 def prefetch_used_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, num_ids,  # expert ids, those of many tokens or each once
     budget,  # experts to prefetch at most
-    slot_of_ptr, expert_in_ptr, stamps_ptr, heat_ptr, unused_ptr, step_ptr, counters_ptr,  # as in `page_kernel`
+    slot_of_ptr, expert_in_ptr, stamps_ptr, heat_ptr, unused_ptr, pinned_ptr, step_ptr, counters_ptr,  # as in `page_kernel`
     num_prefetched_ptr,  # int64, added to
     needed_ptr, keys_ptr, order_ptr,  # scratch: int8 [experts], int64 [experts], int32 [slots]
     new_slots_ptr, new_experts_ptr, num_new_ptr,  # what is to be copied
     BY_HEAT: tl.constexpr, HALF_LIFE: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    EXPERTS_P: tl.constexpr, SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr, PAIRS: tl.constexpr,
+    EXPERTS_P: tl.constexpr, SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr, PAIRS: tl.constexpr, ASKER: tl.constexpr,
 ):  # fmt: skip
     """Give slots to absent experts that a layer is predicted to use, those of the most tokens first.
 
-    Neither a resident expert that is predicted nor one prefetched in this very step is a victim.
+    Neither a resident expert that is predicted or pinned nor one prefetched in this very step is a victim.
     """
     experts, slots = tl.arange(0, EXPERTS_P), tl.arange(0, SLOTS_P)
     is_expert, is_slot = experts < NUM_EXPERTS, slots < NUM_SLOTS
@@ -299,9 +331,11 @@ def prefetch_used_kernel(  # type: ignore[no-untyped-def]
     expert_in = tl.load(expert_in_ptr + slots, mask=is_slot, other=-1)
     is_occupied = expert_in >= 0
     stamps = tl.load(stamps_ptr + expert_in, mask=is_occupied, other=0)
-    slot_is_unused = tl.load(unused_ptr + expert_in, mask=is_occupied, other=0) != 0
+    slot_unused = tl.load(unused_ptr + expert_in, mask=is_occupied, other=0)
     in_need = tl.load(needed_ptr + expert_in, mask=is_occupied, other=0) != 0
-    is_fresh = is_occupied & slot_is_unused & (stamps == step)
+    if pinned_ptr is not None:
+        in_need = in_need | (tl.load(pinned_ptr + expert_in, mask=is_occupied, other=0) != 0)
+    is_fresh = is_occupied & (slot_unused != 0) & (stamps == step)
     if BY_HEAT:
         slot_heat = tl.load(heat_ptr + expert_in, mask=is_occupied, other=0.0)
         value = _heat_now(slot_heat, stamps, step, HALF_LIFE).to(tl.int32, bitcast=True).to(tl.int64)
@@ -329,15 +363,14 @@ def prefetch_used_kernel(  # type: ignore[no-untyped-def]
     tl.store(expert_in_ptr + slots, new_expert, mask=is_victim)
     tl.store(heat_ptr + experts, heat, mask=assigned)
     tl.store(stamps_ptr + experts, step, mask=assigned)
-    tl.store(unused_ptr + experts, 1, mask=assigned)
+    tl.store(unused_ptr + experts, 1 + ASKER, mask=assigned)
     tl.store(new_slots_ptr + place, new_slot, mask=assigned)
     tl.store(num_new_ptr, num_new)
     tl.store(num_prefetched_ptr, tl.load(num_prefetched_ptr) + num_new)
     column = tl.arange(0, COUNTERS)
-    gained = tl.where(column == 3, tl.sum(evicted.to(tl.int32), axis=0), 0) + tl.where(
-        column == 4, num_new, 0
-    )
-    gained += tl.where(column == 6, tl.sum((evicted & slot_is_unused).to(tl.int32), axis=0), 0)
+    gained = tl.where(column == 3, tl.sum(evicted.to(tl.int32), axis=0), 0)
+    gained += tl.where(column == 4 + 3 * ASKER, num_new, 0)
+    gained += _asker_columns(column, 0, _by_asker(evicted, slot_unused))
     tl.store(counters_ptr + column, tl.load(counters_ptr + column) + gained)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from actors.executor.families import window_of_layer
+from actors.executor.families import chunk_of_layer, window_of_layer
 from actors.executor.gpu.attention_kernels import decode_attention
 
 _IMPLEMENTATION = "cache_rows"
@@ -63,6 +63,7 @@ def _attend(
         window=window_of_layer(module.config, module.layer_idx),
         sinks=s_aux,
         softcap=softcap,
+        chunk=chunk_of_layer(module.config, module.layer_idx),
     )
     return output.unsqueeze(1), None
 

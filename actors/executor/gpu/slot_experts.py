@@ -59,6 +59,8 @@ def kernels_fit(experts: Any) -> bool:
     """Whether the family's experts are what `expert_kernels` computes."""
     if experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False):
         return False
+    if getattr(experts, "transposed_tensors", ()):
+        return False
     activation = type(experts.act_fn).__name__
     if not experts.has_gate:
         return activation == "ReLU"

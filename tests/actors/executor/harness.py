@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.executor.build import new_passes, new_prefetcher
+from actors.executor.drivers import new_passes, new_prefetcher, new_runner
 from actors.executor.engine import Engine, EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import CheckpointExpertSource, ExpertSource
 from actors.executor.host_pager import HostPager
+from actors.executor.lookahead import Lookahead
 from actors.executor.model_loader import SlotModel, attach_slots, load_dense_model
 from actors.executor.pager import Pager
-from actors.executor.passes import Pass
 from actors.executor.predicted_routing import PredictedRouting
-from actors.executor.runner import ModelRunner, RowInput
+from actors.executor.resident_set import load_pinned
 from actors.executor.slots import SlotPool
+from common.architecture import load_config
 from common.checkpoint import Checkpoint
 from common.generation import GenerationChunk, GenerationRequest, SamplingParams
+from common.own_experts import own_model_class
 from tests.tiny_models import TOP_K
 
 WAIT_S = 60.0
@@ -89,11 +91,13 @@ def slot_model(
     source: ExpertSource | None = None,
     device: str = "cpu",
     on_device: bool = False,
+    pinned: Sequence[Sequence[int]] = (),
 ) -> SlotModel:
     """A model whose free slots are poisoned; num_slots None is the smallest legal number.
 
     Args:
         on_device: page on the device, which may be the CPU, in Triton's interpreter.
+        pinned: of each layer the experts that keep their slots, loaded already.
     """
     checkpoint = Checkpoint.open(folder)
     source = source or CheckpointExpertSource(checkpoint)
@@ -101,19 +105,21 @@ def slot_model(
     def new_pager(pools: Sequence[SlotPool], num_experts: int) -> Pager:
         if not on_device:
             policy = EVICTION_POLICIES[eviction]
-            return HostPager(source, pools, num_experts, policy, torch.device(device), poison_free_slots=True)
+            return HostPager(source, pools, num_experts, policy, torch.device(device), True, pinned)
         from actors.executor.gpu.host_experts import HostExperts
         from actors.executor.gpu.pager import DevicePager
 
         experts = HostExperts(source, len(pools), num_experts, torch.device(device))
-        pager = DevicePager(source, pools, num_experts, experts, eviction, poison_free_slots=True)
+        pager = DevicePager(source, pools, num_experts, experts, eviction, True, pinned)
         if pager.holds_all:
             pager.load_all()
         return pager
 
     model = load_dense_model(folder, dtype, torch.device(device))
     layout = source.layout.with_dtype(dtype)
-    return attach_slots(model, layout, num_slots or checkpoint.architecture.top_k, new_pager)
+    built = attach_slots(model, layout, num_slots or checkpoint.architecture.top_k, new_pager)
+    load_pinned(built.pager, pinned)
+    return built
 
 
 def start_engine(
@@ -123,22 +129,32 @@ def start_engine(
     limits: EngineLimits | None = None,
     top_k: int = TOP_K,
     routing: PredictedRouting | None = None,
+    lookahead: Lookahead | None = None,
     **engine: Any,
 ) -> Harness:
     limits = limits or EngineLimits(max_batch_size=4, prefill_chunk_tokens=5, max_queued_requests=8)
-    runner = ModelRunner(model, limits.max_batch_size + 1, max_tokens=128)
-    runner.run([RowInput(0, 0, (0,))], Pass(1))
-    prompts, decoder = new_passes(model, runner, limits.max_batch_size, top_k, routing, prefetch)
+    runner = new_runner(model, limits.max_batch_size, max_tokens=128)
+    prompts, decoder = new_passes(model, runner, limits, top_k, routing, prefetch, lookahead=lookahead)
     prefetcher = new_prefetcher(model, prompts) if prefetch else None
-    built = Engine(prompts, decoder, model.pager, model.clock, limits, prefetcher=prefetcher, **engine)
+    built = Engine(
+        prompts,
+        decoder,
+        model.pager,
+        model.clock,
+        limits,
+        prefetcher=prefetcher,
+        lookahead=lookahead,
+        **engine,
+    )
     built.start()
     return Harness(built, model)
 
 
 def library_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The same checkpoint with every expert in place."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="grouped_mm")
-    return model.eval()
+    """The same checkpoint in the unmodified library, with every expert in place."""
+    is_in_registry = own_model_class(load_config(folder)) is None
+    options = {"experts_implementation": "grouped_mm"} if is_in_registry else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def library_greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from actors.executor.build import auto_slots, build_engine
 from actors.executor.device_memory import CudaMeter, DeviceMemory, measure_memory, slots_that_fit
+from actors.executor.drivers import cache_bytes, new_runner
 from actors.executor.engine import EngineLimits
 from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.expert_source import CheckpointExpertSource
@@ -24,7 +25,14 @@ from common.errors import ConfigError
 from common.expert_layout import ExpertLayout
 from common.slot_budget import SlotBudget
 from tests.actors.executor.harness import PROMPTS, library_greedy, library_model, start_engine
-from tests.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint
+from tests.tiny_models import (
+    ENCODER_DECODER_FAMILIES,
+    FAMILIES,
+    NUM_EXPERTS,
+    TOP_K,
+    VOCAB_SIZE,
+    make_checkpoint,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -120,6 +128,17 @@ def test_the_cache_is_as_large_as_the_one_that_is_allocated(family: str, tmp_pat
     runner.run([RowInput(0, 0, (0,))], Pass(1))
     assert memory.cache_bytes == runner.cache.num_bytes()
     assert (memory.free_bytes, memory.total_bytes) == (7, 9)
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODER_FAMILIES)
+def test_an_encoder_reads_whole_prompts_and_rows_hold_them_too(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path, num_layers=2)
+    memory, architecture, layout = measure(folder, FakeMeter(peaks=(1000, 200)))
+    runner = new_runner(attach(load_dense(folder), folder, layout), LIMITS.max_batch_size, MAX_TOKENS)
+    assert memory.cache_bytes == cache_bytes(runner) > 0
+    per_pair = (4 * HIDDEN + 3 * 48) * 4
+    experts = (MAX_TOKENS + LIMITS.max_batch_size) * architecture.top_k * per_pair
+    assert memory.passes_bytes == 1200 + experts + 6 * 4 * LIMITS.max_batch_size * VOCAB_SIZE
 
 
 def test_the_passes_are_what_was_measured_and_what_experts_and_logits_take(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def run_all(folder: Path, num_slots: int, dtype: torch.dtype, eviction: str = "l
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe", "llama4_text", "dbrx"]
+)
 def test_logits_are_bit_equal_to_all_resident(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path, dtype=dtype)
     resident = run_all(folder, NUM_EXPERTS, dtype)
@@ -49,7 +51,7 @@ def test_logits_are_bit_equal_to_all_resident(family: str, dtype: torch.dtype, t
         assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True)), (num_slots, eviction)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe", "llama4_text"])
 def test_prompts_of_one_pass_do_not_see_each_other(family: str, tmp_path: Path) -> None:
     """Nor the padding of the shorter ones, in any chunk."""
     model = slot_model(make_checkpoint(family, tmp_path), 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.executor.build import new_passes
+from actors.executor.drivers import new_passes
 from actors.executor.engine import EngineLimits
 from actors.executor.gpu.graph_decoder import GraphDecoder
 from actors.executor.passes import Pass
@@ -82,7 +82,8 @@ def decode_logits(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tens
     model = slot_model(folder, num_slots, dtype, device="cuda", on_device=True)
     runner = ModelRunner(model, num_rows=4, max_tokens=64)
     runner.run([RowInput(0, 0, (0,))], Pass(1))
-    prompts, decoder = new_passes(model, runner, num_rows=3, top_k=TOP_K)
+    limits = EngineLimits(max_batch_size=3, prefill_chunk_tokens=64, max_queued_requests=1)
+    prompts, decoder = new_passes(model, runner, limits, top_k=TOP_K)
     assert isinstance(decoder, GraphDecoder)
     sequences = []
     for row, prompt in enumerate(PROMPTS):

@@ -29,7 +29,7 @@ def report_of(pager: Pager) -> EngineReport:
         for layer in range(NUM_LAYERS)
     ]
     tables = {"on_time": 0, "late": 0, "lost": 0, "unusable": 0}
-    return EngineReport("host", pager.num_slots, NUM_EXPERTS, tuple(layers), tables, 2, 1, 30, 20)
+    return EngineReport("host", pager.num_slots, NUM_EXPERTS, tuple(layers), {}, tables, 2, 1, 30, 20)
 
 
 def view_of(pager: Pager) -> LiveView:

@@ -110,3 +110,45 @@ def test_queues_each_layer_when_the_one_before_is_over(clock: PassClock, source:
         clock.end_pass()
     assert source.fetched == [(0, 1), (0, 2), (1, 3), (0, 4), (1, 5)]
     assert len(copied) == 5
+
+
+def test_copies_for_the_next_pass_behind_those_for_the_next_layer(
+    clock: PassClock, source: NumberedSource
+) -> None:
+    pager = make_device_pager(num_slots=3, source=source)
+    prefetcher = QueueingPrefetcher(pager, clock, for_next_pass=True)
+    prefetcher.submit(plan(0, [1], [2]))
+    prefetcher.submit(plan(1, [3], [4]))
+    clock.begin_pass(Pass(1))
+    with pager.host_pass():
+        prefetcher.after_layer(-1)
+        assert source.fetched == [(0, 1)]
+        prefetcher.after_layer(0)
+        assert source.fetched == [(0, 1), (1, 2), (0, 3)]
+        prefetcher.after_layer(1)
+        assert source.fetched == [(0, 1), (1, 2), (0, 3), (1, 4)]
+
+
+def test_layers_without_a_table_are_left_to_demand(source: NumberedSource) -> None:
+    """Those of a decoder behind an encoder."""
+    clock = PassClock(NUM_LAYERS, num_encoder_layers=NUM_LAYERS - 1)
+    pager = make_device_pager(num_slots=3, source=source)
+    prefetcher = QueueingPrefetcher(pager, clock, for_next_pass=True)
+    prefetcher.submit(plan(0, [1]))
+    prefetcher.submit(plan(1, [3]))
+    clock.begin_pass(Pass(1))
+    with pager.host_pass():
+        for layer in range(-1, NUM_LAYERS):
+            prefetcher.after_layer(layer)
+    assert source.fetched == [(0, 1), (0, 3)]
+
+
+def test_a_pass_that_leaves_the_encoder_out_leaves_its_slots_at_once(
+    prefetcher: ThreadedPrefetcher, source: NumberedSource, clock: PassClock
+) -> None:
+    clock.num_encoder_layers = 1
+    clock.begin_pass(Pass(1))
+    prefetcher.submit(plan(0, [5]))  # too late
+    prefetcher.submit(plan(1, [1]))
+    clock.skip_encoder()
+    wait_until(lambda: source.fetched == [(0, 1)])

@@ -7,7 +7,7 @@ def report(
     running: int = 0, waiting: int = 0, prompt: int = 0, generated: int = 0, **counted: int
 ) -> EngineReport:
     layers = tuple(LayerReport.of(layer, [], LayerCounters(**counted), None) for layer in range(2))
-    return EngineReport("host", 2, 4, layers, {}, running, waiting, prompt, generated)
+    return EngineReport("host", 2, 4, layers, {}, {}, running, waiting, prompt, generated)
 
 
 def test_tells_rates_since_the_line_before() -> None:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from actors.expert_store.placement import (
     find_offers,
     make_chunks,
     place,
+    place_by_load,
 )
 from common.errors import CapacityError
 
@@ -105,6 +107,44 @@ def test_no_node_holds_more_than_it_offers(
     else:  # only when full up to less than one chunk a node
         largest = max(len(chunk.expert_ids) for chunk in chunks) * slab_bytes
         assert refusal.needed_bytes > refusal.available_bytes - largest * len(offers)
+
+
+@given(
+    capacities=st.lists(st.integers(1, 2000), min_size=1, max_size=6),
+    layers=st.integers(1, 8),
+    experts=st.integers(1, 20),
+    slab_bytes=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_by_load_no_node_holds_more_than_it_offers(
+    capacities: list[int], layers: int, experts: int, slab_bytes: int, seed: int
+) -> None:
+    offers = [offer(f"node{i}", capacity) for i, capacity in enumerate(capacities)]
+    loads = np.random.default_rng(seed).integers(0, 9, size=(3, layers, experts))
+    fits = layers * experts <= sum(capacity // slab_bytes for capacity in capacities)
+    try:
+        placed = place_by_load(loads, slab_bytes, offers)
+    except CapacityError:
+        assert not fits
+        return
+    assert fits
+    chunks, nodes = [chunk for chunk, _ in placed], [node for _, node in placed]
+    placed_ids = sorted((chunk.layer, expert_id) for chunk in chunks for expert_id in chunk.expert_ids)
+    assert placed_ids == [(layer, expert_id) for layer in range(layers) for expert_id in range(experts)]
+    used = bytes_by_node(chunks, nodes, slab_bytes)
+    assert all(used.get(o.node_id, 0) <= o.usable_bytes for o in offers)
+
+
+def test_by_load_chunks_stay_as_small_as_without() -> None:
+    loads = np.ones((1, 48, 128), np.int64)
+    placed = place_by_load(loads, 9_437_184, [offer(f"node{i}", 40 * GB) for i in range(2)])
+    largest = max(len(chunk.expert_ids) for chunk in make_chunks(48, 128, 9_437_184, 2))
+    assert {len(chunk.expert_ids) for chunk, _ in placed} == {largest, 64 - largest}  # 64 a layer and node
+
+
+def test_by_load_refusal_names_a_store_that_would_fit() -> None:
+    with pytest.raises(CapacityError, match="ray start --head --object-store-memory="):
+        place_by_load(np.ones((1, 2, 8), np.int64), GB, [offer("head", 8 * GB, host_memory=False)])
 
 
 def test_refusal_on_one_node_names_the_store_that_would_fit() -> None:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from actors.expert_store import store as store_module
 from actors.expert_store.directory import ExpertDirectory
+from actors.expert_store.loads import ExpertLoads
+from actors.expert_store.placement import NodeOffer
 from actors.expert_store.store import ExpertStore
 from common.checkpoint import Checkpoint
-from common.errors import CapacityError, CheckpointError, UnavailableError
+from common.errors import CapacityError, CheckpointError, ConfigError, UnavailableError
 from tests.tiny_models import make_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
@@ -79,9 +81,37 @@ def test_describes_what_it_holds(folder: Path) -> None:
         total,
     )
     assert description["nodes"] == {ray.get_runtime_context().get_node_id(): total}
+    assert (description["placement"], description["max_load"]) == ("even", None)
     assert description["generation"] == directory.generation
     assert description["seconds"] > 0
     assert description["gb_per_s"] > 0
+
+
+def test_experts_of_mixed_chunks_keep_their_ids(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = ray.get_runtime_context().get_node_id()
+    both = [NodeOffer(this, room, 1.0, offers_host_memory=False) for room in (10**8, 2 * 10**8)]
+    monkeypatch.setattr(store_module, "find_offers", lambda *_: both)
+    counts = np.random.default_rng(0).integers(100, size=(4, 3, 8))
+    ExpertLoads(Checkpoint.open(folder).fingerprint, counts).save(tmp_path / "loads")
+    store = ExpertStore(folder, placement_trace=str(tmp_path / "loads"))
+    store.start()
+    assert_holds(store.directory(TIMEOUT_S), folder)
+    description = store.describe()
+    assert json.loads(json.dumps(description)) == description
+    assert (description["placement"], description["max_load"]) == (
+        "by load",
+        {"average": 1.0, "worst": 1.0},  # it is one node after all
+    )
+
+
+def test_loads_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    ExpertLoads("0123456789abcdef", np.ones((1, 3, 8), np.int64)).save(tmp_path / "loads")
+    store = ExpertStore(folder, placement_trace=str(tmp_path / "loads"))
+    store.start()
+    with pytest.raises(ConfigError, match="its loads are of model 0123456789abcdef"):
+        store.directory(TIMEOUT_S)
 
 
 def test_every_load_is_a_new_generation(folder: Path) -> None:

@@ -51,5 +51,13 @@ def test_spreads_experts_by_what_the_nodes_offer(result: dict[str, Any]) -> None
     assert (result["on_small"], result["on_large"]) == (6, 18)
 
 
+def test_places_by_load_where_the_nodes_have_room(result: dict[str, Any]) -> None:
+    assert result["nodes_of_hot_experts"] == [2, 2, 2]  # evenly filled, they would share a chunk and a node
+    assert result["by_load_on_small"] == 6
+    assert result["told"]["placement"] == "by load"
+    # 100 tokens of a window: 47 for a hot expert and 1 for each cold one, 2 and 6 experts of 8 on the nodes
+    assert result["told"]["max_load"] == {"average": 0.52, "worst": 0.52}
+
+
 def test_every_expert_of_a_lost_node_is_rebuilt(result: dict[str, Any]) -> None:
     assert result["equal_after_loss"] == 24

@@ -14,6 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.expert_store.directory import ExpertDirectory
+from actors.expert_store.loads import ExpertLoads
 from actors.expert_store.store import ExpertStore
 from common.checkpoint import Checkpoint
 from common.errors import CapacityError
@@ -42,6 +43,24 @@ def try_to_load(folder: Path) -> str:
     return "it fitted"
 
 
+def nodes_of_hot_experts(folder: Path) -> tuple[list[set[str]], dict[str, int], dict[str, Any]]:
+    """Place by loads that lie on experts 0 and 1 of every layer.
+
+    Returns: the nodes of those two by layer, the experts on each node, and what the store tells.
+    """
+    checkpoint = Checkpoint.open(folder)
+    architecture = checkpoint.architecture
+    counts = np.ones((2, architecture.num_layers, architecture.num_experts), np.int64)
+    counts[..., :2] = 47
+    loads = folder / "loads.safetensors"
+    ExpertLoads(checkpoint.fingerprint, counts).save(loads)
+    store = ExpertStore(folder, placement_trace=str(loads))
+    store.start()
+    node_ids = store.directory(TIMEOUT_S).node_ids
+    hot = [{node_ids[layer, 0], node_ids[layer, 1]} for layer in range(architecture.num_layers)]
+    return hot, dict(Counter(node_ids.values())), store.describe()
+
+
 def add_node(cluster: Cluster, store_bytes: int) -> Any:
     return cluster.add_node(num_cpus=1, object_store_memory=store_bytes, resources={"host_memory_gb": 1})
 
@@ -54,6 +73,7 @@ def run(folder: Path) -> dict[str, Any]:
     ray.init(address=cluster.address, log_to_driver=False)
     refusal = try_to_load(folder)
     large = add_node(cluster, LARGE_BYTES)
+    hot, by_load, told = nodes_of_hot_experts(folder)
     store = ExpertStore(folder)
     store.start()
     directory = store.directory(TIMEOUT_S)
@@ -64,6 +84,9 @@ def run(folder: Path) -> dict[str, Any]:
     equal = count_equal(directory, folder)
     result = {
         "refusal": refusal,
+        "nodes_of_hot_experts": [len(nodes) for nodes in hot],
+        "by_load_on_small": by_load[small.node_id],
+        "told": told,
         "experts": len(directory.refs),
         "on_small": loaded[small.node_id],
         "on_large": loaded[large.node_id],

@@ -21,7 +21,7 @@ def make_function(model: Path, seed: int = 0, token_residual: bool = False) -> H
         embedding_key=key,
         vocab_size=embedding.shape[0],
         embedding_size=embedding.shape[1],
-        num_layers=checkpoint.architecture.num_layers,
+        num_layers=checkpoint.architecture.num_encoder_layers or checkpoint.architecture.num_layers,
         num_experts=checkpoint.architecture.num_experts,
         top_k=checkpoint.architecture.top_k,
         weight_rule=WeightRule(sum=1.0),

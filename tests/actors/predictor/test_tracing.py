@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from actors.predictor.arguments import read_arguments
 from actors.predictor.library_routing import intercepted_routing, load_resident_model
 from actors.predictor.trace import TraceArguments, write_traces
 from actors.predictor.traces import TraceFiles, windows
-from actors.predictor.tracing import LiveTraces, RoutingTracer, find_weight_rule
+from actors.predictor.tracing import LiveTraces, RoutingTracer, find_teacher
+from actors.predictor.train import TrainArguments, read_training_data
 from common.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.tiny_models import NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint
 
@@ -47,8 +50,13 @@ def test_traces_hold_what_the_routers_decided(family: str, weight_sum: float | N
     assert (source.header.top_k, source.header.num_kept) == (TOP_K, NUM_EXPERTS)
     assert source.header.weight_rule.sum == weight_sum
     (batch,) = source.batches(8, None)
-    assert batch.logits.shape == (*token_ids.shape, source.header.num_layers, NUM_EXPERTS)
-    traced = batch.expert_ids[..., :TOP_K].sort(-1).values.permute(2, 0, 1, 3).flatten(1, 2)
+    assert batch.logits is not None and batch.logits.shape == (
+        *token_ids.shape,
+        source.header.num_layers,
+        NUM_EXPERTS,
+    )
+    assert source.header.teacher == "logits"
+    traced = batch.expert_ids.sort(-1).values.permute(2, 0, 1, 3).flatten(1, 2)
     assert torch.equal(traced, routed_ids(model, token_ids))
 
 
@@ -59,20 +67,61 @@ def test_unweighted_rules_reproduce_the_routers_weights(tmp_path: Path) -> None:
     assert source.header.weight_rule.scale == 1.0
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
-def test_routers_that_do_more_than_softmax_and_top_k_are_refused(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "granitemoe", "phimoe", "minimax_m2", "ernie4_5_moe", "llama4_text", "dbrx"]
+)
+def test_every_familys_decisions_are_traced(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path)
-    tracer = RoutingTracer(load_resident_model(folder, CPU, torch.float32), folder)
+    model = load_resident_model(folder, CPU, torch.float32)
+    token_ids, mask = some_windows()
+    source = LiveTraces(RoutingTracer(model, folder), token_ids, mask)
+    (batch,) = source.batches(8, None)
+    traced = batch.expert_ids.permute(2, 0, 1, 3).reshape(source.header.num_layers, -1)
+    told = routed_ids(model, token_ids).reshape(source.header.num_layers, -1)
+    assert torch.equal(traced.sort(-1).values, told.sort(-1).values)
+    assert batch.weights.shape == batch.expert_ids.shape and batch.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_routers_that_do_more_than_softmax_and_top_k_are_not_learned(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path / "model")
+    np.savez(tmp_path / "text.npz", part=np.arange(80) % VOCAB_SIZE)
+    words = [f"model={folder}", f"text={tmp_path}/text.npz#part", "window_tokens=10", "device=cpu"]
     with pytest.raises(UnsupportedModelError, match="router"):
-        LiveTraces(tracer, *some_windows())
+        read_training_data(read_arguments(TrainArguments, words))
 
 
-def test_weights_that_are_no_softmax_are_refused() -> None:
+def test_weights_that_are_no_softmax_are_told_apart() -> None:
     logits = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
     values, ids = logits.topk(2)
     scores = values.sigmoid()
-    with pytest.raises(UnsupportedModelError, match="do not weight by softmax"):
-        find_weight_rule(logits, ids, scores / scores.sum(-1, keepdim=True), "sigmoid_moe")
+    assert find_teacher(logits, ids, scores / scores.sum(-1, keepdim=True))[0] == "choices"
+    assert find_teacher(logits, ids, values.softmax(-1))[0] == "logits"
+    assert find_teacher(None, ids, scores)[0] == "choices"
+
+
+def test_a_trace_that_was_cut_off_is_resumed_bit_by_bit(tmp_path: Path) -> None:
+    folder = make_checkpoint("qwen3_moe", tmp_path / "model")
+    np.savez(tmp_path / "text.npz", part=np.arange(95) % VOCAB_SIZE)
+
+    def arguments(out: str, **changes: str | int) -> TraceArguments:
+        fields = {"text": f"{tmp_path}/text.npz#part", "window_tokens": 10, "batch_size": 4, **changes}
+        return TraceArguments.model_validate(
+            {"model": str(folder), "out": str(tmp_path / out), "device": "cpu", **fields}
+        )
+
+    write_traces(arguments("whole"))
+    write_traces(arguments("cut"))
+    shards = sorted((tmp_path / "cut").glob("shard-*"))
+    for shard in shards[1:]:
+        shard.unlink()
+    with pytest.raises(CheckpointError, match="resume"):
+        TraceFiles(tmp_path / "cut")
+    write_traces(arguments("cut"))
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+    with pytest.raises(ConfigError, match="holds traces with"):
+        write_traces(arguments("cut", window_tokens=12))
 
 
 def test_replacing_the_routing_with_itself_changes_nothing_and_with_another_does(tmp_path: Path) -> None:
@@ -92,8 +141,6 @@ def test_replacing_the_routing_with_itself_changes_nothing_and_with_another_does
 
 def test_traces_from_disk_equal_live_ones(tmp_path: Path) -> None:
     folder = make_checkpoint("qwen3_moe", tmp_path / "model")
-    import numpy as np
-
     tokens = torch.randint(VOCAB_SIZE, (95,), generator=torch.Generator().manual_seed(1))
     np.savez(tmp_path / "text.npz", part=tokens.numpy())
     arguments = TraceArguments(
@@ -114,6 +161,7 @@ def test_traces_from_disk_equal_live_ones(tmp_path: Path) -> None:
     for stored, fresh in zip(files.batches(4, None), live.batches(4, None), strict=True):
         assert torch.equal(stored.token_ids, fresh.token_ids) and torch.equal(stored.mask, fresh.mask)
         assert torch.equal(stored.expert_ids, fresh.expert_ids)
+        assert stored.logits is not None and fresh.logits is not None
         torch.testing.assert_close(stored.logits, fresh.logits, rtol=1e-3, atol=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -55,7 +56,8 @@ class SyntheticTraces:
         before = torch.cat([tokens[:, :1], tokens[:, :-1]], dim=1)
         logits = torch.stack([self._logits_of[0][tokens], self._logits_of[1][before]], dim=2)
         kept, ids = logits.sort(-1, descending=True)
-        return TraceBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), ids, kept)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        return TraceBatch(tokens, mask, ids[..., :TOP_K], kept[..., :TOP_K].softmax(-1), ids, kept)
 
 
 def make_function(seed: int = 0) -> HashFunction:
@@ -109,12 +111,14 @@ def test_padding_counts_neither_in_loss_nor_in_recall() -> None:
     function = make_function()
     (batch,) = SyntheticTraces(4, seed=3).batches(4, None)
     mask = torch.arange(16).expand(4, 16) < 9
-    garbage = batch.expert_ids.flip(-1)
     inside = mask[..., None, None]
-    padded = TraceBatch(
-        batch.token_ids, mask, torch.where(inside, batch.expert_ids, garbage), batch.logits * inside
-    )
-    short = TraceBatch(batch.token_ids[:, :9], mask[:, :9], batch.expert_ids[:, :9], batch.logits[:, :9])
+    garbage = {
+        name: torch.where(inside, tensor, tensor.flip(-1))
+        for name, tensor in batch.tensors().items()
+        if tensor.ndim == 4
+    }
+    padded = TraceBatch(batch.token_ids, mask, **garbage)
+    short = TraceBatch(**{name: tensor[:, :9] for name, tensor in padded.tensors().items()})
     assert recall_per_layer(function, [padded]) == pytest.approx(recall_per_layer(function, [short]))
     losses = [distillation_loss(function(each.token_ids), each, 0.005) for each in (padded, short)]
     torch.testing.assert_close(*losses)
@@ -123,12 +127,14 @@ def test_padding_counts_neither_in_loss_nor_in_recall() -> None:
 def test_the_loss_is_that_of_the_paper() -> None:
     (batch,) = SyntheticTraces(1, seed=3).batches(1, None)
     kept = 5
-    batch = TraceBatch(batch.token_ids, batch.mask, batch.expert_ids[..., :kept], batch.logits[..., :kept])
+    assert batch.kept_ids is not None and batch.logits is not None
+    batch = replace(batch, kept_ids=batch.kept_ids[..., :kept], logits=batch.logits[..., :kept])
+    assert batch.kept_ids is not None and batch.logits is not None
     logits = torch.randn(*batch.token_ids.shape, LAYERS, EXPERTS)
     expected = []
     for token in range(16):
         for layer in range(LAYERS):
-            ids, teacher = batch.expert_ids[0, token, layer], batch.logits[0, token, layer].softmax(-1)
+            ids, teacher = batch.kept_ids[0, token, layer], batch.logits[0, token, layer].softmax(-1)
             student = logits[0, token, layer]
             soft = -(teacher * student[ids].log_softmax(-1)).sum()
             expected.append(0.3 * -student.log_softmax(-1)[ids[0]] + soft)

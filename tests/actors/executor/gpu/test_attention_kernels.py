@@ -134,11 +134,11 @@ class Case:
 
     def run(
         self, window: int | None = None, sinks: Tensor | None = None, softcap: float | None = None,
-        items: slice = slice(None),
+        items: slice = slice(None), chunk: int | None = None,
     ) -> Tensor:  # fmt: skip
         q, rows, positions = (tensor[items] for tensor in (self.q, self.rows, self.positions))
         return decode_attention(
-            q, self.keys, self.values, rows, positions, self.scaling, window, sinks, softcap
+            q, self.keys, self.values, rows, positions, self.scaling, window, sinks, softcap, chunk
         )
 
     def reference(
@@ -204,6 +204,20 @@ def test_sinks_equal_the_library(
     output = case.run(window, sinks)
     assert_near(output, case.reference(window, sinks), dtype)
     assert (output - case.run(window)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 17, 100])
+def test_chunk_hides_what_lies_before_it(device: str, chunk: int, small_splits: None) -> None:
+    case = Case(device, torch.float32, [0, 7, 8, 20, 39])
+    everything = case.run()
+    starts = [int(position) // chunk * chunk for position in case.positions]
+    for row, start in zip(case.rows, starts, strict=True):
+        case.keys[row, :, :start] = case.values[row, :, :start] = float("nan")
+    output = case.run(chunk=chunk)
+    windows = [int(position) - start + 1 for position, start in zip(case.positions, starts, strict=True)]
+    for item, window in enumerate(windows):
+        assert_near(output[item], case.reference(window)[item], torch.float32)
+    assert torch.equal(output, everything) == (chunk == 100)
 
 
 def test_softcap_equals_the_library(device: str, small_splits: None) -> None:

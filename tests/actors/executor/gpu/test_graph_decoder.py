@@ -64,11 +64,12 @@ def test_mixed_batch_generates_the_librarys_tokens(start: StartEngine, expected:
     assert harness.generate(PROMPTS, max_tokens=4) == expected
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])
 def test_families_generate_the_librarys_tokens(family: str, start: StartEngine, tmp_path: Path) -> None:
-    of = make_checkpoint(family, tmp_path, num_layers=2)
+    top_k = {"num_experts_per_tok": 1} if family == "llama4_text" else {}
+    of = make_checkpoint(family, tmp_path, num_layers=2, **top_k)
     model = library_model(of)
-    prompt = [5, 9, 12, 7, 3, 4, 8, 11, 2]  # longer than a sliding window
+    prompt = [5, 9, 12, 7, 3, 4, 8, 11, 2]  # longer than a sliding window or a chunk
     harness = start(2, of=of)
     assert fuses(harness.slot_model.model) == (family in ("qwen3_moe", "mixtral"))
     assert harness.generate([prompt], max_tokens=3) == [library_greedy(model, prompt, 3)]

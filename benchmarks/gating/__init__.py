@@ -1,0 +1,1 @@
+"""Dynamic gating beside static capacity gating (Huang et al., arXiv 2303.06182, section V)."""
