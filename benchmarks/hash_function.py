@@ -1,10 +1,11 @@
 """How long does the hash function take on the CPU, for a prompt, for several at once, and for one generated token?
 
-Random weights, which take the same time as trained ones but for SparseMax (fewer rounds when attention is sharp).
-Beside each prompt stands what its recurrence alone must take: the LSTM's recurrent matrices times one vector per
-token, at this machine's rate for exactly that. Not measured: tokenizing, the table bus.
+The paper's network and ours, about equally large. Random weights, which take the same time as trained ones but for
+SparseMax (fewer rounds when attention is sharp). Beside each network stands what its matrix products alone take for one
+prompt on this machine: for the paper's the recurrent ones, one vector at a time; for ours all of them, the prompt at
+once. Not measured: tokenizing, the table bus, and what a prediction is worth, see `benchmarks.prediction`.
 
-    python -m benchmarks.hash_function [--threads 1] [--hidden 256] [--layers 6] [--experts 32] [--top-k 4]
+    python -m benchmarks.hash_function [--threads 1] [--layers 6] [--experts 32] [--top-k 4]
 """
 
 import argparse
@@ -13,17 +14,24 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from actors.predictor.hash_function import HashFunctionState, load_hash_function, step_together
+from actors.predictor.filter_network import FilterNetwork
+from actors.predictor.hash_function import HashFunctionState, step_together
 from actors.predictor.network import HashFunction, HashFunctionSpec, WeightRule
+from actors.predictor.paper_network import PaperNetwork
 from actors.predictor.predictor import HashFunctionPredictor
 from benchmarks.conditions import conditions
-from common.config import REFERENCE_MODEL
 
 TOKENS = 512
 EMBEDDING_SIZE = 192
+NETWORKS: dict[str, dict[str, Any]] = {
+    "paper": {"network": "paper"},
+    "filters": {"network": "filters", "compressed_size": 192, "hidden_size": 192},
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,10 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--trained", action="store_true", help="the reference model's own, instead of a random one"
-    )
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
@@ -45,9 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_function(arguments: argparse.Namespace) -> HashFunction:
-    if arguments.trained:
-        return load_hash_function(REFERENCE_MODEL / "hash_function", REFERENCE_MODEL)
+def make_function(network: str, arguments: argparse.Namespace) -> HashFunction:
+    """With its vocabulary encoded, as it serves."""
     torch.manual_seed(0)
     spec = HashFunctionSpec(
         model_fingerprint="random",
@@ -58,10 +62,10 @@ def make_function(arguments: argparse.Namespace) -> HashFunction:
         num_experts=arguments.experts,
         top_k=arguments.top_k,
         weight_rule=WeightRule(sum=1.0),
-        hidden_size=arguments.hidden,
+        **NETWORKS[network],
     )
     function = HashFunction(spec, torch.randn(arguments.vocab, EMBEDDING_SIZE)).requires_grad_(False).eval()
-    function.compress_vocabulary()
+    function.encode_vocabulary()
     return function
 
 
@@ -76,19 +80,30 @@ def median_ms(call: Callable[[], object], runs: int) -> tuple[float, float]:
     return statistics.median(times), max(times) - min(times)
 
 
-def recurrence_ms(function: HashFunction, runs: int) -> float:
-    """The recurrent matrices of all LSTM layers times one vector, once per token of one prompt."""
-    matrices = [
-        function.lstm.get_parameter(f"weight_hh_l{layer}") for layer in range(function.spec.lstm_layers)
-    ]
-    vector = torch.randn(function.spec.hidden_size)
+def products_ms(function: HashFunction, runs: int) -> float:
+    """The products that nothing can spare for one prompt."""
+    network = function.network
+    if isinstance(network, FilterNetwork):
+        linear = [function.heads, network.enter, *_linear(network.filters), *_linear(network.feed_forward)]
+        factors = [(torch.randn(TOKENS, each.in_features), each.weight.T) for each in linear]
+        repeats = 1
+    else:
+        assert isinstance(network, PaperNetwork)
+        names = [f"weight_hh_l{layer}" for layer in range(network.lstm.num_layers)]
+        vector = torch.randn(1, network.lstm.hidden_size)
+        factors = [(vector, network.lstm.get_parameter(name).T) for name in names]
+        repeats = TOKENS
 
     def multiply() -> None:
-        for _ in range(TOKENS):
-            for matrix in matrices:
-                torch.mv(matrix, vector)
+        for _ in range(repeats):
+            for left, right in factors:
+                torch.mm(left, right)
 
     return median_ms(multiply, runs)[0]
+
+
+def _linear(parts: nn.Module) -> list[nn.Linear]:
+    return [module for module in parts.modules() if isinstance(module, nn.Linear)]
 
 
 def measure(function: HashFunction, batches: list[int], runs: int) -> dict[str, dict[str, float]]:
@@ -111,18 +126,20 @@ def measure(function: HashFunction, batches: list[int], runs: int) -> dict[str, 
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    function = make_function(arguments)
-    limit_ms = recurrence_ms(function, arguments.runs)
-    results = measure(function, arguments.batch, arguments.runs)
-    print(
-        f"{TOKENS} tokens a prompt, {arguments.threads} thread(s), recurrence alone {limit_ms:.1f} ms a prompt"
-    )
-    for name, result in results.items():
-        print(f"{name:<12} {result['ms']:8.2f} ms  (spread {result['spread_ms']:.2f})")
+    networks = {}
+    for network in arguments.networks:
+        function = make_function(network, arguments)
+        num_parameters = sum(parameter.numel() for parameter in function.parameters())
+        limit_ms = products_ms(function, arguments.runs)
+        results = measure(function, arguments.batch, arguments.runs)
+        print(f"{network}: {num_parameters} parameters, products alone {limit_ms:.1f} ms a prompt")
+        for name, result in results.items():
+            print(f"{name:<12} {result['ms']:8.2f} ms  (spread {result['spread_ms']:.2f})")
+        networks[network] = {"parameters": num_parameters, "products_ms": limit_ms, "results": results}
     record = {
         "benchmark": "hash_function",
-        "results": results,
-        "recurrence_ms": limit_ms,
+        "tokens": TOKENS,
+        "networks": networks,
         "conditions": conditions(**vars(arguments)),
     }
     if arguments.out:

@@ -22,7 +22,7 @@ from actors.executor.model_loader import attach_slots, load_dense_model
 from actors.executor.packed_encoder import has_encoder
 from actors.executor.pager import NEXT_GATE, Pager
 from actors.executor.predicted_routing import PredictedRouting
-from actors.executor.predictors import chosen_predictor, given_lookahead, new_lookahead
+from actors.executor.predictors import NONE, chosen_predictor, given_lookahead, new_lookahead
 from actors.executor.resident_set import (
     PinnedExperts,
     count_pinned,
@@ -109,7 +109,7 @@ def build_engine(
         "KV cache %.2f GB, decode_predictor=%s",
         time.perf_counter() - started, config.served_name, device, dtype, num_slots, architecture.num_experts,
         num_slots * architecture.num_layers * layout.slab_bytes / 1e9, num_pinned, cache_bytes(runner) / 1e9,
-        predictor_name,
+        lookahead.name if lookahead else predictor_name if decoder.runs_ahead else NONE,
     )  # fmt: skip
     return Engine(
         prompts,

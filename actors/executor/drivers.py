@@ -4,7 +4,7 @@ import logging
 
 from actors.executor.decoder import Decoder, HostDecoder
 from actors.executor.encoder_decoder import EncoderDecoderRunner
-from actors.executor.encoder_prompts import EncoderPrompts, encoder_passes
+from actors.executor.encoder_prompts import Classifier, EncoderPrompts, encoder_passes
 from actors.executor.engine import EngineLimits
 from actors.executor.host_pager import HostPager
 from actors.executor.lookahead import Lookahead
@@ -57,7 +57,7 @@ def new_passes(
     lookahead: Lookahead | None = None,
 ) -> tuple[PromptReader, Decoder]:
     """How prompts are read and tokens generated: in passes that page by themselves, decode steps captured, where the
-    device can page. Routing by tables needs the host at every pass; so does, as yet, an encoder.
+    device can page. Routing of a decoder by tables needs the host at every pass; so does, as yet, an encoder with a decoder.
 
     Args:
         runner: has run a pass, so that its cache is allocated.
@@ -66,9 +66,7 @@ def new_passes(
     """
     logger = logger or logging.getLogger(__name__)
     if not isinstance(runner, ModelRunner):
-        if not isinstance(slot_model.pager, HostPager):
-            logger.info("The host drives the passes of models with an encoder, without CUDA graphs")
-        return encoder_passes(runner, limits.prefill_chunk_tokens, routing, lookahead)
+        return _encoder_passes(slot_model, runner, limits, top_k, routing, logger, lookahead)
     if isinstance(slot_model.pager, HostPager) or routing is not None:
         return HostPrompts(runner, routing, lookahead), HostDecoder(runner, routing, lookahead)
     from actors.executor.gpu.captured_pass import NotCapturableError
@@ -104,8 +102,34 @@ def new_passes(
         logger.warning("The host drives decoding, without CUDA graphs and several times slower: %s", error)
         return HostPrompts(runner), HostDecoder(runner)
     if isinstance(prompts, DevicePrompts):
-        prompts.warm_up()
+        # As many tokens as may need all experts, and so waves.
+        prompts.warm_up(min(slot_model.pager.num_experts, runner.max_tokens))
     return prompts, decoder
+
+
+def _encoder_passes(
+    slot_model: SlotModel,
+    runner: EncoderDecoderRunner | ClassifierRunner,
+    limits: EngineLimits,
+    top_k: int,
+    routing: PredictedRouting | None,
+    logger: logging.Logger,
+    lookahead: Lookahead | None,
+) -> tuple[PromptReader, Decoder]:
+    if isinstance(slot_model.pager, HostPager):
+        return encoder_passes(runner, limits.prefill_chunk_tokens, routing, lookahead)
+    from actors.executor.gpu.device_sources import DeviceSources
+    from actors.executor.gpu.slot_experts import kernels_fit
+
+    kernels = all(map(kernels_fit, find_experts_modules(slot_model.model).values()))
+    if isinstance(runner, ClassifierRunner) and kernels:
+        sources = DeviceSources(slot_model, runner, limits.prefill_chunk_tokens, top_k, routing)
+        sources.capture(logger)
+        return sources, Classifier()
+    logger.info(
+        "The host drives this model's passes, without CUDA graphs: it generates, or has experts without kernels"
+    )
+    return encoder_passes(runner, limits.prefill_chunk_tokens, routing, lookahead)
 
 
 def new_prefetcher(slot_model: SlotModel, prompts: PromptReader) -> Prefetcher:
@@ -119,4 +143,4 @@ def new_prefetcher(slot_model: SlotModel, prompts: PromptReader) -> Prefetcher:
     from actors.executor.gpu.pager import DevicePager
 
     assert isinstance(pager, DevicePager)
-    return DevicePrefetcher(pager, clock)
+    return DevicePrefetcher(pager, clock, for_next_pass=prompts.reads_whole)

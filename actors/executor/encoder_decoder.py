@@ -121,7 +121,7 @@ class EncoderDecoderRunner(EncoderRunner):
     def _outputs(self, rows: Sequence[int], sources: Sequence[Sequence[int]], pass_: SourcePass) -> Tensor:
         for row, source in zip(rows, sources, strict=True):
             self._source_lengths[row] = len(source)
-        states = self._encode(sources)
+        states = self.encode(sources)
         pass_.begin_decoder()
         token_ids = torch.tensor([self.prefix] * len(rows), device=self._model.device)
         positions = torch.arange(len(self.prefix), device=self._model.device).expand(len(rows), -1)

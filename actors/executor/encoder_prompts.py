@@ -44,7 +44,9 @@ class EncoderPrompts:
 
     def read(self, chunks: SequenceOf[PromptChunk], after_layer: AfterLayer, paced: bool) -> PromptResult:
         lengths = [chunk.num_tokens for chunk in chunks]
-        routing = None if self._routing is None else _joined([self._routing.of_source(c) for c in chunks])
+        routing = (
+            None if self._routing is None else joined_routing([self._routing.of_source(c) for c in chunks])
+        )
         followed = None
         if self._lookahead is not None:
             followed = self._lookahead.follow([c.sequence.request_id for c in chunks], predicts=False)
@@ -98,7 +100,8 @@ def encoder_passes(
     return EncoderPrompts(runner, max_tokens, routing, lookahead), decoder
 
 
-def _joined(routings: SequenceOf[Routing]) -> Routing:
+def joined_routing(routings: SequenceOf[Routing]) -> Routing:
+    """Of packed sources."""
     return Routing(
         torch.cat([routing.expert_ids for routing in routings], dim=1),
         torch.cat([routing.weights for routing in routings], dim=1),

@@ -171,7 +171,7 @@ class Engine:
             recall = float(self._named[layer] / self._chosen[layer]) if self._chosen[layer] else None
             layers.append(LayerReport.of(layer, resident, self._pager.counters(layer), recall))
         return EngineReport(
-            paging="device" if self._decoder.runs_ahead else "host",
+            paging="device" if self._decoder.runs_ahead or self._prompts.runs_ahead else "host",
             slots_per_layer=self._pager.num_slots,
             num_experts=self._pager.num_experts,
             layers=tuple(layers),
@@ -203,8 +203,9 @@ class Engine:
         finally:
             with self._changed:
                 self._stop_reason = reason
-            for sequence in list(self._sequences.values()):
-                self._fail(sequence, EngineStoppedError(reason))
+                unfinished = list(self._sequences.values())
+            for sequence in unfinished:  # retiring them may be what failed
+                sequence.sink.fail(EngineStoppedError(reason))
 
     def _wait_for_work(self) -> bool:
         """Returns: False when the engine is to stop."""

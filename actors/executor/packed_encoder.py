@@ -13,7 +13,6 @@ from actors.executor.model_loader import SlotModel
 from actors.executor.passes import AfterRouting, Pass, Routing
 from actors.executor.positions import RowPositions
 from actors.executor.runner import library_mask
-from common.own_experts.switch_transformers import mean_over_tokens
 
 
 def has_encoder(model: PreTrainedModel) -> bool:
@@ -34,10 +33,19 @@ class PackedEncoder:
 
     def __call__(self, sources: Sequence[Sequence[int]]) -> Tensor:
         """[tokens of all sources, hidden] states."""
-        device, lengths = self._model.device, [len(source) for source in sources]
-        token_ids = torch.tensor([[token for source in sources for token in source]], device=device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
-        numbers = torch.arange(len(sources)).repeat_interleave(torch.tensor(lengths)).to(device)
+        device = self._model.device
+        token_ids = torch.tensor([token for source in sources for token in source], device=device)
+        positions = torch.cat([torch.arange(len(source)) for source in sources]).to(device)
+        return self.states(token_ids, positions, source_numbers(sources, device))
+
+    def states(self, token_ids: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
+        """Queue the encoder.
+
+        Args: [tokens] int64 each, on the model's device: ids, places in their source, and the number of their source.
+        Returns:
+            [tokens, hidden].
+        """
+        token_ids, positions = token_ids.unsqueeze(0), positions.unsqueeze(0)
         visible = (numbers[:, None] == numbers).unsqueeze(0)  # [1, tokens, tokens]
         if self._positions.biases_attention:
             self._positions.set(positions, positions, visible)
@@ -55,7 +63,7 @@ class EncoderRunner(ABC):
     def __init__(self, slot_model: SlotModel) -> None:
         self._model = slot_model.model
         self._clock, self._pager = slot_model.clock, slot_model.pager
-        self._encode = PackedEncoder(self._model)
+        self.encode = PackedEncoder(self._model)
 
     @torch.inference_mode()
     def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]], pass_: "SourcePass") -> Tensor:
@@ -88,10 +96,26 @@ class ClassifierRunner(EncoderRunner):
     """An encoder, the mean of its states over a source, and a linear head."""
 
     def _outputs(self, rows: Sequence[int], sources: Sequence[Sequence[int]], pass_: "SourcePass") -> Tensor:
-        of_sources = self._encode(sources).split([len(source) for source in sources])
-        pooled = [mean_over_tokens(states.unsqueeze(0), None) for states in of_sources]
-        logits: Tensor = self._model.classifier(torch.cat(pooled))
+        return self.judge(self.encode(sources), source_numbers(sources, self._model.device), len(sources))
+
+    def judge(self, states: Tensor, numbers: Tensor, num_sources: int) -> Tensor:
+        """
+        Args:
+            states: [tokens, hidden]. numbers: [tokens] of their sources; another one's is left out.
+        Returns:
+            [num_sources, labels] float32 logits; NaN for a source without tokens.
+        """
+        sources = torch.arange(num_sources, device=numbers.device).unsqueeze(1)
+        members = (numbers == sources).float()  # [num_sources, tokens]
+        means = members @ states.float() / members.sum(1, keepdim=True)
+        logits: Tensor = self._model.classifier(means.to(states.dtype))
         return logits.float()
+
+
+def source_numbers(sources: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """[tokens of all sources] int64: 0 for those of the first one, and so on."""
+    lengths = torch.tensor([len(source) for source in sources])
+    return torch.arange(len(sources)).repeat_interleave(lengths).to(device)
 
 
 class SourcePass(Pass):

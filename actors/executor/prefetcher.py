@@ -79,7 +79,10 @@ class QueueingPrefetcher:
 
     def submit(self, plan: PrefetchPlan) -> None:
         with self._lock:
-            self._plans.setdefault(plan.pass_number, []).append(plan)
+            plans = self._plans.setdefault(plan.pass_number, [])
+            # A pass is planned while the one before runs, and again when it begins.
+            if all(plan.experts_by_layer != known.experts_by_layer for known in plans):
+                plans.append(plan)
 
     def after_layer(self, layer: int) -> None:
         running = self._clock.passes_begun - 1
@@ -90,7 +93,11 @@ class QueueingPrefetcher:
         if plans and layer + 1 < self._clock.num_predicted_layers:
             self._prefetch(layer + 1, plans)
         if following and 0 <= layer < self._clock.num_predicted_layers:
-            self._prefetch(layer, following)
+            self._prefetch_ahead(layer, following)
+
+    def _prefetch_ahead(self, layer: int, following: Sequence[PrefetchPlan]) -> None:
+        """Args: following: plans of the next pass."""
+        self._prefetch(layer, following)
 
     def _prefetch(self, layer: int, plans: Sequence[PrefetchPlan]) -> None:
         for plan in plans:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors.predictor.network import HashFunction, HashFunctionSpec, LstmState, WeightRule
+from actors.predictor.network import HashFunction, HashFunctionSpec, WeightRule
 from common.architecture import load_config, meta_model
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, ConfigError, VocabularyError
@@ -34,28 +35,28 @@ StepPrediction = tuple[
 
 
 class HashFunctionState:
-    """The hash function along one growing sequence. A step costs the same work whatever was read before it, but for
-    one attention row. Not thread-safe.
+    """The hash function along one growing sequence. A step costs the same work whatever was read before it, but for one
+    attention row of the paper's network. Not thread-safe.
     """
 
     def __init__(self, function: HashFunction) -> None:
         self.function = function
-        self.length = 0
-        self.lstm: LstmState | None = None
-        self._history = torch.empty(0, function.spec.hidden_size)  # [capacity, hidden]
+        self.network_state: Any = None  # of the function's network; None before the first token
 
     @torch.no_grad()
     def prefill(self, token_ids: Sequence[int]) -> HashTable:
-        """Read tokens, the prompt or its next part, and predict their experts.
+        """Read tokens, the prompt or its next part, and predict their experts. A bidirectional function reads a whole
+        sequence at once, and nothing after it.
 
         Raises:
             VocabularyError: an id lies outside the model's vocabulary.
         """
         inputs = checked(token_ids, self.function.spec).unsqueeze(0)  # [1, tokens]
-        outputs, self.lstm = self.function.read(inputs, self.lstm)
-        history = self.remember(outputs[0])
-        ids, weights = self.function.route(self.function.logits(inputs, outputs, history.unsqueeze(0))[0])
-        return to_table(self.function.spec, ids, weights)
+        if self.function.spec.bidirectional:
+            logits = self.function(inputs)
+        else:
+            logits, [self.network_state] = self.function.extend(inputs, [self.network_state])
+        return to_table(self.function.spec, *self.function.route(logits[0]))
 
     def step(self, token_id: int) -> StepPrediction:
         """Read one token and predict its experts.
@@ -67,47 +68,21 @@ class HashFunctionState:
         """
         return step_together([self], [token_id])[0]
 
-    def remember(self, outputs: Tensor) -> Tensor:
-        """Append [tokens, hidden] LSTM outputs; returns all there are, as a view."""
-        stop = self.length + len(outputs)
-        if stop > len(self._history):
-            grown = torch.empty(max(stop, 2 * len(self._history), 64), outputs.shape[-1])
-            grown[: self.length] = self._history[: self.length]
-            self._history = grown
-        self._history[self.length : stop] = outputs
-        self.length = stop
-        return self._history[:stop]
-
 
 @torch.no_grad()
 def step_together(states: Sequence[HashFunctionState], token_ids: Sequence[int]) -> list[StepPrediction]:
-    """One token for each of several sequences that have been prefilled: one LSTM and one head call for all.
+    """One token for each of several sequences that have been prefilled, or of new ones: one network call for all.
 
     Raises:
         VocabularyError: an id lies outside the model's vocabulary; no state has changed.
     """
     function = states[0].function
     inputs = checked(token_ids, function.spec).unsqueeze(1)  # [sequences, 1]
-    outputs, after = function.read(inputs, _stack(states))
-    logits = []
-    for number, state in enumerate(states):
-        state.lstm = (
-            after[0][:, number : number + 1].contiguous(),
-            after[1][:, number : number + 1].contiguous(),
-        )
-        history = state.remember(outputs[number])
-        row = slice(number, number + 1)
-        logits.append(function.logits(inputs[row], outputs[row], history.unsqueeze(0))[0, 0])
-    ids, weights = function.route(torch.stack(logits))  # [sequences, layers, top_k]
+    logits, after = function.extend(inputs, [state.network_state for state in states])
+    for state, network_state in zip(states, after, strict=True):
+        state.network_state = network_state
+    ids, weights = function.route(logits[:, 0])  # [sequences, layers, top_k]
     return list(zip(ids.numpy().astype(np.uint16), weights.numpy().astype(np.float16), strict=True))
-
-
-def _stack(states: Sequence[HashFunctionState]) -> LstmState | None:
-    lstm = [state.lstm for state in states if state.lstm is not None]
-    if not lstm:
-        return None
-    assert len(lstm) == len(states), "prefill a state before its first step together with others"
-    return torch.cat([h for h, _ in lstm], dim=1), torch.cat([c for _, c in lstm], dim=1)
 
 
 def checked(token_ids: Sequence[int], spec: HashFunctionSpec) -> Tensor:
@@ -164,7 +139,7 @@ def load_hash_function(folder: str | Path, model_folder: str | Path) -> HashFunc
         raise CheckpointError(
             str(folder / WEIGHTS_FILE), f"no weights of this hash function ({error})"
         ) from error
-    function.requires_grad_(False).eval().compress_vocabulary()
+    function.requires_grad_(False).eval().encode_vocabulary()
     return function
 
 
@@ -193,7 +168,10 @@ def read_spec(folder: Path) -> HashFunctionSpec:
     """
     try:
         fields = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
-        return HashFunctionSpec(**{**fields, "weight_rule": WeightRule(**fields["weight_rule"])})
+        rule = WeightRule(**fields.pop("weight_rule"))
+        if "half_lives" in fields:
+            fields["half_lives"] = tuple(fields["half_lives"])
+        return HashFunctionSpec(**fields, weight_rule=rule)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             str(folder / SPEC_FILE), f"not a hash function's description ({error})"

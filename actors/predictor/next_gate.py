@@ -52,13 +52,13 @@ class EarlyRouters:
         assert hidden is not None, "its router has run"
         return hidden
 
+    @torch.inference_mode()
     def guess(self, layer: int, hidden: Tensor) -> Shares:
-        """[experts]: shares of what the layer's router would choose, the mean over tokens. Args: hidden: [tokens, hidden]."""
+        """[tokens, experts]: shares of what the layer's router would choose. Args: hidden: [tokens, hidden]."""
         logits, chosen = self._ask(layer, hidden)
         weights = logits.float().gather(1, chosen).softmax(dim=-1)  # [tokens, top_k]
-        shares = weights.new_zeros(self._num_experts).index_add_(0, chosen.reshape(-1), weights.reshape(-1))
-        guess: Shares = (shares / len(chosen)).cpu().numpy()
-        return guess
+        shares: Shares = weights.new_zeros(logits.shape).scatter_(1, chosen, weights).cpu().numpy()
+        return shares
 
     @torch.inference_mode()
     def _ask(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class EarlyRouters:
 
         The ids are the router's own where it returns any: some choose by more than their logits.
         """
-        output: Any = self.modules[layer](hidden)
+        output: Any = self.modules[layer].forward(hidden)  # past the hooks, which are for what the model asks
         outputs = (output,) if isinstance(output, Tensor) else output
         logits = outputs[self._logits_index].reshape(-1, self._num_experts)
         own = [
@@ -103,7 +103,7 @@ class NextGatePredictor:
         self._shares[layer] = 0
         if layer + 1 < len(self._shares) and layer + 1 != self._num_encoder_layers:
             assert hidden is not None, "this predictor reads hidden states"
-            self._shares[layer + 1] = self._routers.guess(layer + 1, hidden)
+            self._shares[layer + 1] = self._routers.guess(layer + 1, hidden).mean(axis=0)
 
     def end_request(self, request: str) -> None:
         pass

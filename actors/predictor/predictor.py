@@ -49,7 +49,10 @@ class HashFunctionPredictor:
         tables: dict[int, HashTable] = {}
         for group in _groups([len(prompt) for prompt in prompts]):
             batch = pad_sequence([tokens[number] for number in group], batch_first=True)
-            ids, weights = self._function.route(self._function(batch))  # [prompts, tokens, layers, top_k]
+            lengths = torch.tensor([len(tokens[number]) for number in group])
+            mask = torch.arange(batch.shape[1]) < lengths[:, None]
+            logits = self._function(batch, mask)  # [prompts, tokens, layers, experts]
+            ids, weights = self._function.route(logits)
             for row, number in enumerate(group):
                 length = len(tokens[number])
                 tables[number] = to_table(spec, ids[row, :length], weights[row, :length])

@@ -47,12 +47,12 @@ class TraceHeader:
 class TracedText:
     """What a folder's traces were made of, so that only the same work is resumed."""
 
-    digest: str
-    num_tokens: int
-    num_windows: int
+    dtype: str  # of the model
     window_tokens: int
     shard_windows: int
-    dtype: str  # of the model
+    digest: str  # of the windows
+    num_tokens: int
+    num_windows: int
 
     @property
     def num_shards(self) -> int:

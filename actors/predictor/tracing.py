@@ -140,6 +140,8 @@ class RoutingTracer:
                 decoder_input_ids=token_ids,
                 use_cache=False,
             )
+        elif self._architecture.num_encoder_layers:
+            raise ConfigError("source", None, "a text for the encoder, beside which the decoder works")
         else:
             self._model.base_model(input_ids=token_ids, use_cache=False)
 
@@ -161,6 +163,12 @@ def _layers_of(architecture: MoeArchitecture, stack: Stack | None) -> tuple[Stac
     if not layers:
         raise ConfigError("stack", chosen, f"{architecture.model_type} has no MoE layers there")
     return chosen, layers
+
+
+def decoder_inputs(model: PreTrainedModel, targets: Tensor) -> Tensor:
+    """What a decoder reads to write the targets, [windows, tokens]: its start token, and all but the last of them."""
+    start = torch.full_like(targets[:, :1], model.config.decoder_start_token_id)
+    return torch.cat([start, targets[:, :-1]], dim=1)
 
 
 def _exposes_logits(model: PreTrainedModel) -> bool:

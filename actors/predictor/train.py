@@ -1,14 +1,17 @@
 """`python -m actors.predictor.train model=FOLDER text=TEXT`: train the hash function of a model, in one command.
 
 Runs the model over the text as training goes on (or reads `traces=`, made by `actors.predictor.trace`), prints the
-held-out recall, and writes the best hash function where serving looks for it.
+held-out recall, and writes the best hash function, calibrated, where serving looks for it. Killed at any time, the same
+command goes on from the last evaluation.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Literal
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,57 +19,72 @@ from torch import Tensor
 from tqdm import tqdm
 
 from actors.predictor.arguments import Arguments, read_command_line
+from actors.predictor.calibration import calibrate
 from actors.predictor.hash_function import find_embedding_key, read_embedding, save_hash_function
 from actors.predictor.library_routing import load_resident_model
 from actors.predictor.network import HashFunction, HashFunctionSpec
-from actors.predictor.text import read_tokens
-from actors.predictor.traces import TraceBatch, TraceFiles, TraceSource, windows
+from actors.predictor.text import read_windows
+from actors.predictor.traces import TraceBatch, TraceFiles, TraceSource
 from actors.predictor.tracing import LiveTraces, RoutingTracer
-from actors.predictor.training import TrainingOptions, TrainingRecord, train
+from actors.predictor.training import Evaluated, Objective, Trainer, TrainingOptions, TrainingRecord
 from common.checkpoint import Checkpoint
-from common.errors import ConfigError, ServingError, UnsupportedModelError
+from common.errors import CheckpointError, ConfigError, ServingError
 
 HELD_OUT_SHARE = 0.02
 MAX_HELD_OUT_WINDOWS = 256
 RECORD_FILE = "training.json"
+CHECKPOINT_FILE = "checkpoint.pt"
 
 # "paper" is section 3.5 as published. "fast" reaches a higher recall within minutes, see the model card.
 RECIPES = {
     "paper": TrainingOptions(),
-    "fast": TrainingOptions(learning_rate=4e-3, warmup_steps=100, cosine=True),
+    "fast": TrainingOptions(objective="choices", warmup_steps=30, cosine=True),
 }
+FAST_LEARNING_RATES = {"paper": 1e-2, "filters": 3e-3}  # by network
 
 
 class TrainArguments(Arguments):
     text: str | None = Field(None, description="file, folder, or FILE.npz#NAME of token ids to train on")
     traces: str | None = Field(None, description="folder made by actors.predictor.trace, instead of text")
     held_out: str | None = Field(
-        None, description="text for the recall; default: the last 2 % of the windows"
+        None, description="text, or traces, for the recall; default: the last 2 % of the windows"
     )
     out: str | None = Field(None, description="folder to write; default: hash_function in the model's folder")
+    network: Literal["paper", "filters"] = Field(
+        "filters", description="paper: LSTM and attention; filters: better and faster, not in the paper"
+    )
     recipe: Literal["paper", "fast"] = Field(
         "fast", description="paper: as published, for long training; or fast"
     )
+    objective: Objective | None = Field(
+        None, description="distillation of router logits (recipe=paper), or likelihood of the choices (fast)"
+    )
     learning_rate: float | None = Field(None, gt=0, description="instead of the recipe's")
     batch_size: int = Field(64, ge=1, description="windows per step")
-    ce_weight: float = Field(0.005, ge=0, description="lambda, weight of the hard top-1 loss")
+    ce_weight: float = Field(0.005, ge=0, description="lambda, weight of the hard top-1 loss in distillation")
     num_kept: int = Field(30, ge=1, description="T, experts of the truncated distillation")
     steps: int = Field(10_000, ge=1, description="at most")
     minutes: float = Field(inf, gt=0, description="at most")
     evaluate_every: int = Field(200, ge=1, description="steps")
     patience: int = Field(10, ge=1, description="evaluations without progress before it stops")
-    compressed_size: int = Field(256, ge=1, description="of a token's embedding")
-    hidden_size: int = Field(256, ge=1, description="of the LSTM")
+    compressed_size: int = Field(256, ge=1, description="features that a token has alone")
+    hidden_size: int = Field(256, ge=1, description="of the LSTM, or width of the filters")
+    blocks: int = Field(2, ge=1, description="of filters, one after the other")
     token_residual: bool = Field(
-        False, description="let the heads read the token's embedding too, not in the paper"
+        False, description="network=paper: let the heads read the token's embedding too, not in the paper"
+    )
+    bidirectional: bool | None = Field(
+        None, description="predict from the tokens that follow, too; default: for encoders"
     )
     seed: int = Field(0, ge=0, description="of weights and order")
 
     def options(self) -> TrainingOptions:
         recipe = RECIPES[self.recipe]
+        usual = FAST_LEARNING_RATES[self.network] if self.recipe == "fast" else recipe.learning_rate
         return replace(
             recipe,
-            learning_rate=self.learning_rate or recipe.learning_rate,
+            objective=self.objective or recipe.objective,
+            learning_rate=self.learning_rate or usual,
             batch_size=self.batch_size,
             ce_weight=self.ce_weight,
             steps=self.steps,
@@ -75,6 +93,11 @@ class TrainArguments(Arguments):
             patience=self.patience,
             seed=self.seed,
         )
+
+    @property
+    def folder(self) -> Path:
+        """To write to."""
+        return Path(self.out) if self.out else Path(self.model) / "hash_function"
 
 
 @dataclass(frozen=True)
@@ -92,7 +115,6 @@ def read_training_data(arguments: TrainArguments) -> TrainingData:
     """
     Raises:
         ConfigError: no text, both text and traces, or traces of another model.
-        UnsupportedModelError: routers that do not choose by their logits alone.
     """
     if (arguments.text is None) == (arguments.traces is None):
         raise ConfigError("text", arguments.text, "give either text or traces")
@@ -100,12 +122,6 @@ def read_training_data(arguments: TrainArguments) -> TrainingData:
     fingerprint = Checkpoint.open(arguments.model).fingerprint
     if source.header.model_fingerprint != fingerprint:
         raise ConfigError("traces", arguments.traces, f"traces of model {fingerprint}")
-    if source.header.teacher != "logits":
-        raise UnsupportedModelError(
-            arguments.model,
-            "its routers' choices and weights do not follow from their logits by softmax and top k, which is what the hash "
-            "function learns; its traces serve the other predictors",
-        )
     key = find_embedding_key(arguments.model)
     return TrainingData(source, held_out, key, read_embedding(arguments.model, key), arguments.torch_device)
 
@@ -114,11 +130,9 @@ def _from_model(arguments: TrainArguments) -> tuple[TraceSource, list[TraceBatch
     assert arguments.text is not None
     model = load_resident_model(arguments.model, arguments.torch_device, arguments.torch_dtype)
     tracer = RoutingTracer(model, arguments.model, arguments.num_kept)
-    token_ids, mask = windows(read_tokens(arguments.text, arguments.model), arguments.window_tokens)
+    token_ids, mask = read_windows(arguments.text, arguments.model, arguments.window_tokens)
     if arguments.held_out:
-        held_ids, held_mask = windows(
-            read_tokens(arguments.held_out, arguments.model), arguments.window_tokens
-        )
+        held_ids, held_mask = read_windows(arguments.held_out, arguments.model, arguments.window_tokens)
     else:
         cut = _first_held_out(len(token_ids), "text")
         (token_ids, held_ids), (mask, held_mask) = token_ids.tensor_split([cut]), mask.tensor_split([cut])
@@ -130,9 +144,23 @@ def _from_files(arguments: TrainArguments) -> tuple[TraceSource, list[TraceBatch
     assert arguments.traces is not None
     files = TraceFiles(arguments.traces)
     if arguments.held_out:
-        return files, list(TraceFiles(arguments.held_out).batches(arguments.batch_size, None))
+        held_out = TraceFiles(arguments.held_out)
+        if held_out.header.model_fingerprint != files.header.model_fingerprint:
+            raise ConfigError(
+                "held_out", arguments.held_out, f"traces of model {files.header.model_fingerprint}"
+            )
+        return files, _first_windows(held_out, arguments.batch_size)
     cut = _first_held_out(files.num_shards, "traces")
-    return files.part(0, cut), list(files.part(cut, files.num_shards).batches(arguments.batch_size, None))
+    return files.part(0, cut), _first_windows(files.part(cut, files.num_shards), arguments.batch_size)
+
+
+def _first_windows(source: TraceSource, batch_size: int) -> list[TraceBatch]:
+    kept: list[TraceBatch] = []
+    for batch in source.batches(batch_size, None):
+        kept.append(batch)
+        if sum(each.num_windows for each in kept) >= MAX_HELD_OUT_WINDOWS:
+            break
+    return kept
 
 
 def _first_held_out(count: int, key: str) -> int:
@@ -144,23 +172,79 @@ def _first_held_out(count: int, key: str) -> int:
 
 
 def train_hash_function(data: TrainingData, arguments: TrainArguments) -> tuple[HashFunction, TrainingRecord]:
-    """Train one on prepared data, with progress on the terminal."""
+    """Train one on prepared data, with progress on the terminal, and calibrate it on the held-out part.
+
+    Raises:
+        ConfigError: the routers cannot be learned that way, or the folder holds an unfinished other training.
+    """
+    options = arguments.options()
+    if options.objective == "distillation" and data.source.header.teacher == "choices":
+        problem = "choices: these routers do not decide by the softmax of their logits alone"
+        raise ConfigError("objective", options.objective, problem)
     torch.manual_seed(arguments.seed)
-    spec = _spec(data, arguments)
-    function = HashFunction(spec, data.embedding).to(data.device)
-    function.scale_compression()
+    function = HashFunction(_spec(data, arguments), data.embedding).to(data.device)
+    function.prepare_training()
+    checkpoint = _TrainingCheckpoint(arguments, function.spec)
     with tqdm(total=arguments.steps, unit="step", dynamic_ncols=True) as progress:
 
-        def report(row: dict[str, float]) -> None:
-            progress.update(int(row["step"]) - progress.n)
-            progress.set_postfix(loss=f"{row['loss']:.3f}", recall=f"{row['recall']:.4f}")
+        def report(row: Evaluated) -> None:
+            progress.update(row.step - progress.n)
+            layers = f"{row.recall[0]:.3f}..{row.recall[-1]:.3f}"
+            progress.set_postfix(loss=f"{row.loss:.3f}", recall=f"{row.mean_recall:.4f}", layers=layers)
+            checkpoint.write(trainer.state())
 
-        record = train(function, data.source, data.held_out, arguments.options(), report)
+        trainer = Trainer(function, data.source, data.held_out, options, report)
+        if (state := checkpoint.read(data.device)) is not None:
+            trainer.resume(state)
+            progress.update(int(state["record"]["steps"]))
+        record = trainer.run()
+    calibrate(function, data.held_out, by_expert=data.source.header.teacher == "choices")
     return function.eval(), record
+
+
+class _TrainingCheckpoint:
+    """A file beside what will be written; only the same command goes on from it."""
+
+    def __init__(self, arguments: TrainArguments, spec: HashFunctionSpec) -> None:
+        self._path = arguments.folder / CHECKPOINT_FILE
+        described = {**arguments.model_dump(exclude={"device", "out"}), "model": spec.model_fingerprint}
+        self._made_for = {name: str(value) for name, value in described.items()}
+
+    def write(self, state: dict[str, Any]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_suffix(".unfinished")
+        torch.save({"made_for": self._made_for, **state}, unfinished)
+        os.replace(unfinished, self._path)
+
+    def read(self, device: torch.device) -> dict[str, Any] | None:
+        """None where there is none."""
+        if not self._path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self._path, map_location=device, weights_only=True)
+            made_for = state.pop("made_for")
+        except (OSError, RuntimeError, KeyError, UnpicklingError) as error:
+            raise CheckpointError(
+                str(self._path), "no unfinished training that can be read; delete it"
+            ) from error
+        for name, value in self._made_for.items():
+            if made_for.get(name) != value:
+                problem = f"{made_for.get(name)}, as in the unfinished training in {self._path}; or delete that file"
+                raise ConfigError(name, value, problem)
+        return state
 
 
 def _spec(data: TrainingData, arguments: TrainArguments) -> HashFunctionSpec:
     header = data.source.header
+    is_encoder = header.stack == "encoder"
+    if arguments.bidirectional and not is_encoder:
+        raise ConfigError(
+            "bidirectional", True, "false for decoders, whose later tokens are not known in time"
+        )
+    bidirectional = is_encoder if arguments.bidirectional is None else arguments.bidirectional
+    multiple = 2 * len(HashFunctionSpec.half_lives) * (2 if bidirectional else 1)
+    if arguments.network == "filters" and arguments.hidden_size % multiple:
+        raise ConfigError("hidden_size", arguments.hidden_size, f"a multiple of {multiple}, with filters")
     return HashFunctionSpec(
         model_fingerprint=header.model_fingerprint,
         embedding_key=data.embedding_key,
@@ -173,16 +257,20 @@ def _spec(data: TrainingData, arguments: TrainArguments) -> HashFunctionSpec:
         compressed_size=arguments.compressed_size,
         hidden_size=arguments.hidden_size,
         token_residual=arguments.token_residual,
+        network=arguments.network,
+        blocks=arguments.blocks,
+        bidirectional=bidirectional,
     )
 
 
 def save_training(function: HashFunction, record: TrainingRecord, arguments: TrainArguments) -> Path:
     """Write the hash function and, beside it, how it was trained; returns the folder."""
-    folder = Path(arguments.out) if arguments.out else Path(arguments.model) / "hash_function"
+    folder = arguments.folder
     save_hash_function(function, folder)
     options = {key: value for key, value in asdict(arguments.options()).items() if value != inf}
     text = json.dumps({"options": options, "torch": torch.__version__, **asdict(record)}, indent=2)
     (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     return folder
 
 

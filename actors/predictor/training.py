@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,15 +16,18 @@ from actors.predictor.network import HashFunction
 from actors.predictor.traces import TraceBatch, TraceSource
 
 MAX_GRADIENT_NORM = 1.0
+# What is tried: the paper's distillation of the router's logits, or the likelihood of its choices.
+Objective = Literal["distillation", "choices"]
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """The defaults are the paper's, for its long fine-tuning; `actors.predictor.train` says what works sooner."""
 
+    objective: Objective = "distillation"
     learning_rate: float = 5e-5
     batch_size: int = 64  # windows
-    ce_weight: float = 0.005  # lambda
+    ce_weight: float = 0.005  # lambda, of distillation
     steps: int = 10_000
     minutes: float = math.inf
     warmup_steps: int = 0
@@ -33,14 +37,31 @@ class TrainingOptions:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """A look at the held-out text during training."""
+
+    step: int
+    loss: float  # in training, since the look before
+    recall: list[float]  # [layers]
+    tokens_seen: int
+    seconds: float
+
+    @property
+    def mean_recall(self) -> float:
+        return sum(self.recall) / len(self.recall)
+
+
 @dataclass
 class TrainingRecord:
     """What happened. Recall is on held-out text, of the true top k, without padding."""
 
     best_step: int = 0
     best_recall: list[float] = field(default_factory=list)  # [layers]
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[Evaluated] = field(default_factory=list)
     steps: int = 0
+    epochs: int = 0  # whole passes over the traces
+    batches_of_epoch: int = 0  # seen of the pass that was begun
     tokens_seen: int = 0
     seconds: float = 0.0
 
@@ -65,45 +86,52 @@ def distillation_loss(logits: Tensor, batch: TraceBatch, ce_weight: float) -> Te
     return ce_weight * hard + soft
 
 
+def choices_loss(logits: Tensor, batch: TraceBatch) -> Tensor:
+    """Cross entropy with an even distribution over the experts that the router chose, not in the paper.
+
+    Needs no logits, so it serves every router. And it is the same for routers that hardly prefer the experts that they
+    choose, from whose nearly even probabilities distillation learns slowly.
+
+    Args:
+        logits: [windows, tokens, layers, experts].
+    """
+    chosen = logits[batch.mask].log_softmax(-1).gather(-1, batch.expert_ids[batch.mask])
+    return -chosen.mean()
+
+
 @torch.no_grad()
-def recall_per_layer(function: HashFunction, batches: Sequence[TraceBatch]) -> list[float]:
-    """Share of the routers' true top k among the predicted top k; [layers]. Padding does not count."""
-    top_k, device = function.spec.top_k, next(function.parameters()).device
+def recall_per_layer(
+    function: HashFunction, batches: Sequence[TraceBatch], num_named: int | None = None
+) -> list[float]:
+    """Share of the routers' true top k among the first `num_named` predicted, by default k; [layers], without padding."""
+    device = next(function.parameters()).device
     found, total = torch.zeros(function.spec.num_layers, device=device), 0
     for batch in batches:
-        mask = batch.mask.to(device)
-        predicted = function(batch.token_ids.to(device))[mask].topk(top_k).indices  # [tokens, layers, top_k]
-        true = batch.expert_ids.to(device)[mask]
-        found += (true.unsqueeze(-1) == predicted.unsqueeze(-2)).any(-1).sum((0, 2))
-        total += len(true) * top_k
+        batch = batch.to(device)
+        logits = function(batch.token_ids, batch.mask)[batch.mask]
+        named = logits.topk(num_named or function.spec.top_k).indices  # [tokens, layers, named]
+        true = batch.expert_ids[batch.mask]
+        found += (true.unsqueeze(-1) == named.unsqueeze(-2)).any(-1).sum((0, 2))
+        total += len(true) * true.shape[-1]
     recall: list[float] = (found / total).tolist()
     return recall
 
 
-def train(
-    function: HashFunction,
-    source: TraceSource,
-    held_out: Sequence[TraceBatch],
-    options: TrainingOptions,
-    report: Callable[[dict[str, float]], None],
-) -> TrainingRecord:
-    """Train in place; the function ends with the weights of the best evaluation.
+class Trainer:
+    """Trains in place; the function ends with the weights of the best evaluation."""
 
-    Args:
-        report: called at each evaluation with step, loss, recall and tokens_seen.
-    """
-    return _Trainer(function, source, held_out, options, report).run()
-
-
-class _Trainer:
     def __init__(
         self,
         function: HashFunction,
         source: TraceSource,
         held_out: Sequence[TraceBatch],
         options: TrainingOptions,
-        report: Callable[[dict[str, float]], None],
+        report: Callable[[Evaluated], None],
     ) -> None:
+        """
+        Args:
+            report: called at each evaluation; `state` is then one to resume from.
+        """
         self._function, self._source, self._held_out = function, source, held_out
         self._options, self._report = options, report
         self._optimizer = torch.optim.AdamW(function.parameters(), lr=options.learning_rate)
@@ -112,36 +140,67 @@ class _Trainer:
         self._best = deepcopy(function.state_dict())
         self._began = time.monotonic()
 
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values; with it, another trainer of the same arguments goes on where this one is."""
+        return {
+            "function": self._function.state_dict(),
+            "best": self._best,
+            "optimizer": self._optimizer.state_dict(),
+            "record": asdict(self._record),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Args: state: what `state` gave."""
+        self._function.load_state_dict(state["function"])
+        self._best = state["best"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        history = [Evaluated(**row) for row in state["record"]["history"]]
+        self._record = TrainingRecord(**{**state["record"], "history": history})
+        self._began = time.monotonic() - self._record.seconds
+
     def run(self) -> TrainingRecord:
         losses: list[Tensor] = []
-        for batch in self._endless_batches():
-            losses.append(self._step(batch))
+        ended = self._progress() >= 1 or self._is_stuck()
+        batches = self._endless_batches()
+        while not ended:
+            losses.append(self._step(next(batches)))
             last = self._progress() >= 1
             if last or self._record.steps % self._options.evaluate_every == 0:
                 self._evaluate(float(torch.stack(losses).mean()))
                 losses = []
-            if last or self._is_stuck():
-                break
+            ended = last or self._is_stuck()
         self._function.load_state_dict(self._best)
         return self._record
 
     def _endless_batches(self) -> Iterator[TraceBatch]:
-        generator = torch.Generator().manual_seed(self._options.seed)
+        """From where the record is; every pass in an order of its own."""
+        record = self._record
         while True:
-            yield from self._source.batches(self._options.batch_size, generator)
+            generator = torch.Generator().manual_seed(self._options.seed + record.epochs)
+            for batch in self._source.batches(
+                self._options.batch_size, generator, first=record.batches_of_epoch
+            ):
+                record.batches_of_epoch += 1
+                yield batch
+            record.epochs, record.batches_of_epoch = record.epochs + 1, 0
 
     def _step(self, batch: TraceBatch) -> Tensor:
         batch = batch.to(self._device)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.zero_grad()
-        loss = distillation_loss(self._function(batch.token_ids), batch, self._options.ce_weight)
+        loss = self._loss(self._function(batch.token_ids, batch.mask), batch)
         loss.backward()
         clip_grad_norm_(self._function.parameters(), MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._record.steps += 1
         self._record.tokens_seen += batch.token_ids.numel()
         return loss.detach()
+
+    def _loss(self, logits: Tensor, batch: TraceBatch) -> Tensor:
+        if self._options.objective == "choices":
+            return choices_loss(logits, batch)
+        return distillation_loss(logits, batch, self._options.ce_weight)
 
     def _progress(self) -> float:
         """Share of the steps or of the minutes that is spent, whichever is larger."""
@@ -156,19 +215,13 @@ class _Trainer:
         return self._options.learning_rate * warmup * decay
 
     def _evaluate(self, loss: float) -> None:
+        record = self._record
         recall = recall_per_layer(self._function, self._held_out)
-        mean = sum(recall) / len(recall)
-        if mean > self._record.best_mean_recall or not self._record.best_recall:
-            self._record.best_recall, self._record.best_step = recall, self._record.steps
+        row = Evaluated(record.steps, loss, recall, record.tokens_seen, record.seconds)
+        if row.mean_recall > record.best_mean_recall or not record.best_recall:
+            record.best_recall, record.best_step = recall, record.steps
             self._best = deepcopy(self._function.state_dict())
-        row = {
-            "step": float(self._record.steps),
-            "loss": loss,
-            "recall": mean,
-            "tokens_seen": float(self._record.tokens_seen),
-            "seconds": self._record.seconds,
-        }
-        self._record.history.append(row)
+        record.history.append(row)
         self._report(row)
 
     def _is_stuck(self) -> bool:

@@ -1,10 +1,11 @@
-"""Replays recorded routing through the engine's own `HostPager` and eviction policies, with experts of one number.
+"""Replays recorded routing through the engine's own `HostPager` and eviction policies, without the experts' weights.
 
-What is counted is what the engine would count; only the experts' weights are missing.
+What is counted is what the engine would count.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,13 @@ from actors.executor.eviction import EvictionPolicy
 from actors.executor.host_pager import HostPager
 from actors.executor.pager import ABSENT, RESIDENT_SET
 from actors.executor.slots import SlotPool
-from actors.predictor.decoding import DecodingPredictor, by_proximity, most_wanted
+from actors.predictor.decoding import DecodingPredictor, NoPredictor, by_proximity, most_wanted
 from common.expert_layout import ExpertLayout
 
 Ids = npt.NDArray[np.int64]  # expert ids, [tokens, layers, top_k]
 Passes = Sequence[Ids]  # of one request, each routed and read at once
+
+Number = TypeVar("Number", bound=np.generic)
 
 LAYOUT = ExpertLayout.from_shapes({"weight": (1, 1)}, torch.float32)
 CPU = torch.device("cpu")
@@ -85,8 +88,13 @@ def next_uses(needed: npt.NDArray[np.bool_]) -> list[list[int]]:
     return rows
 
 
+class _SlotsOfNothing(SlotPool):
+    def write(self, slot: int, slab: Tensor, stored: ExpertLayout) -> None:
+        pass
+
+
 class _SmallExperts:
-    """A source whose experts are all the same number."""
+    """A source whose experts are all the same one, of one number."""
 
     layout = LAYOUT
     model_fingerprint = "simulated"
@@ -102,8 +110,8 @@ class _SmallExperts:
         return {}
 
 
-def split(request: Ids, prompt_tokens: int = 1) -> list[Ids]:
-    """A request's passes: its prompt at once, then token by token."""
+def split(request: npt.NDArray[Number], prompt_tokens: int = 1) -> list[npt.NDArray[Number]]:
+    """A request's passes: its prompt at once, then token by token. Args: request: [tokens, ...]."""
     return [
         request[:prompt_tokens],
         *(request[token : token + 1] for token in range(prompt_tokens, len(request))),
@@ -130,6 +138,7 @@ def simulate(
     num_warm_up: int = 0,
     pinned: Sequence[Collection[int]] = (),
     prompts_ahead: bool = True,
+    built_with: Ids | None = None,
 ) -> Counts:
     """Run one request after the other; slots are empty at first, but for pinned experts.
 
@@ -138,13 +147,16 @@ def simulate(
         num_warm_up: requests that are run before counting begins.
         pinned: of each layer the experts that never leave their slots.
         prompts_ahead: copy ahead in each request's first pass, too.
+        built_with: a pass before all requests, of none of them.
     """
     num_layers = requests[0][0].shape[1]
-    pools = [SlotPool(LAYOUT, num_slots, CPU) for _ in range(num_layers)]
+    pools = [_SlotsOfNothing(LAYOUT, num_slots, CPU) for _ in range(num_layers)]
     pager = HostPager(_SmallExperts(), pools, num_experts, new_policy, CPU, pinned=pinned)
     for layer, experts in enumerate(pinned):
         for expert_id in experts:
             pager.prefetch(layer, expert_id, experts, RESIDENT_SET)
+    if built_with is not None:
+        _run_pass(pager, NoPredictor(num_layers, num_experts), "none", built_with, copies_ahead=0)
     before, num_tokens = Counts(), 0
     for number, request in enumerate(requests):
         if number == num_warm_up:

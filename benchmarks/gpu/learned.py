@@ -2,8 +2,9 @@
 
 A decoder of the qwen3_moe architecture with 700 M parameters in 64 experts per layer, on the Python sources of the
 machine it runs on. Random weights say nothing about hit rates, and no trained checkpoint is at hand offline. Reports the
-held-out perplexity and the skew of its routing; saves a checkpoint, held-out token ids and a routing trace. Not a model
-to use: it has seen tens of millions of tokens.
+held-out perplexity and the skew of its routing; saves a checkpoint, the token ids of both parts and routing traces, one for
+`benchmarks.gpu.cache_simulation` and one in windows for `benchmarks.cache_policies`. Not a model to use: it has seen tens
+of millions of tokens.
 
     python -m benchmarks.gpu.learned --out learned [--minutes 3.5]
 """
@@ -25,12 +26,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
+from actors.predictor.traces import TraceWriter
+from actors.predictor.traces import windows as cut_into_windows
+from actors.predictor.tracing import LiveTraces, RoutingTracer
 from benchmarks.conditions import conditions
 from benchmarks.gpu.python_sources import Corpus, read_python_sources
 from benchmarks.gpu.routing_trace import REFERENCE_MODEL, RoutingTrace, trace_routing
 from models.reference.train import END_OF_TEXT_ID, MasterWeightAdamW, balance_loss
 
 LOG_EVERY = 50  # steps; reading a loss waits for the GPU
+WINDOW_TOKENS, WINDOWS_AT_ONCE = 128, 64  # of `traces/`
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 TINY: dict[str, int] = {
@@ -162,13 +167,28 @@ def trace(model: PreTrainedModel, tokens: Tensor, context: int, num_tokens: int)
     return trace_routing(model, tokens[:num_tokens], context)
 
 
-def save(folder: Path, model: PreTrainedModel, corpus: Corpus, routing: RoutingTrace) -> None:
-    """A Hugging Face checkpoint with its tokenizer, `heldout.npz#heldout` and `trace.npz`."""
+def save(folder: Path, model: PreTrainedModel, corpus: Corpus, routing: RoutingTrace, traced: Tensor) -> None:
+    """A Hugging Face checkpoint with its tokenizer, `train.npz#train`, `heldout.npz#heldout`, `trace.npz`, and `traces/`.
+
+    Args: traced: [tokens] int64 for `traces/`.
+    """
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(REFERENCE_MODEL / name, folder / name)
+    np.savez(folder / "train.npz", train=corpus.train)
     np.savez_compressed(folder / "heldout.npz", heldout=corpus.held_out)
     routing.save(folder / "trace.npz")
+    write_traces(folder, model, traced)
+
+
+def write_traces(folder: Path, model: PreTrainedModel, tokens: Tensor) -> None:
+    """The routing of every window by itself, as `actors.predictor.trace` writes it. Args: folder: holds the checkpoint."""
+    shutil.rmtree(folder / "traces", ignore_errors=True)
+    tracer = RoutingTracer(model, folder, num_kept=1)
+    traces = LiveTraces(tracer, *cut_into_windows(tokens.cpu(), WINDOW_TOKENS))
+    writer = TraceWriter(folder / "traces", traces.header)
+    for batch in traces.batches(WINDOWS_AT_ONCE, None):
+        writer.write(batch)
 
 
 def main() -> None:
@@ -201,7 +221,7 @@ def main() -> None:
         "step_overlap": routing.step_overlap().round(3).tolist(),
         "overlap_by_chance": round(routing.ids.shape[-1] / routing.num_experts, 3),
     }  # fmt: skip
-    save(arguments.out, trainer.model, corpus, routing)
+    save(arguments.out, trainer.model, corpus, routing, evaluated[: arguments.traced_tokens])
     seconds["all"] = time.perf_counter() - started
     record["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     for name, value in record.items():

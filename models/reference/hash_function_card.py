@@ -1,52 +1,61 @@
 """The model card's numbers about the hash function, from the files that its training wrote. Measures nothing."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from actors.predictor.train import RECIPES
+from actors.predictor.hash_function import read_spec
 from models.reference.train_hash_function import RESULT_FILE
 
 CPU_FILE = "evaluation_cpu.json"  # what `python -m actors.predictor.evaluate` wrote on a CPU, in float32
-WINDOW_TOKENS = 512  # of train_hash_function.py
-RESIDUAL_FORM = "Unlike the paper's, its heads also read the compressed embedding (`token_residual`)."
+FORMS = {
+    "paper": "The paper's network: embeddings of the model → fully connected, $compressed_size → $lstm_layers LSTM layers of "
+    "$hidden_size → causal SparseMax attention, added to what it reads → one head per layer.",
+    "filters": "Its network is not the paper's: embeddings of the model → fully connected, $compressed_size, and two gated "
+    "layers, which serving looks up by token id → $blocks blocks, $hidden_size wide, of gated filters over the tokens before "
+    "($taps taps, and exponential averages with half-lives of $half_lives tokens) and feed-forward layers → one head per "
+    "layer, which reads both.",
+}
+RESIDUAL_FORM = " Unlike the paper's, its heads also read the compressed embedding (`token_residual`)."
+HARDWARE = {"cuda": "H200", "cpu": "CPU, 1 core"}
 
 
 def hash_function_values(folder: Path) -> dict[str, str]:
     """Fields of card.md.in for the hash function in `folder`."""
     result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    on_cpu = json.loads((folder / CPU_FILE).read_text(encoding="utf-8"))
+    scores = json.loads((folder / CPU_FILE).read_text(encoding="utf-8"))
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    spec = json.loads((folder / "hash_function.json").read_text(encoding="utf-8"))
-    scores, saved = result["held_out"], _saved(result)
     exact, predicted = scores["perplexity_exact"], scores["perplexity_predicted"]
+    saved, baselines = _saved(result), result["validation_baselines"]
     return {
         "hf_bytes": f"{(folder / 'hash_function.safetensors').stat().st_size / 1e6:.1f} MB",
-        "hf_compressed": str(spec["compressed_size"]),
-        "hf_hidden": str(spec["hidden_size"]),
-        "hf_window": str(WINDOW_TOKENS),
+        "hf_form": _form(asdict(read_spec(folder))),
         "hf_tokens": f"{scores['num_tokens']:,}",
-        "hf_recall": f"{scores['mean_recall']:.3f}",
-        "hf_recall_rows": "\n".join(_recall_rows(result)),
-        "hf_exact": f"{exact:.2f}",
-        "hf_predicted": f"{predicted:.2f}",
-        "hf_ratio": f"{predicted / exact:.3f}",
-        "hf_cpu_recall": f"{on_cpu['mean_recall']:.3f}",
-        "hf_cpu_exact": f"{on_cpu['perplexity_exact']:.2f}",
-        "hf_cpu_predicted": f"{on_cpu['perplexity_predicted']:.2f}",
-        "hf_ms": f"{on_cpu['ms_per_512_tokens']:.0f}",
-        "hf_threads": str(on_cpu["torch_threads"]),
-        "hf_host_ms": f"{scores['ms_per_512_tokens']:.0f}",
-        "hf_host_threads": str(scores["torch_threads"]),
-        "hf_form": RESIDUAL_FORM if spec.get("token_residual") else "The paper's form.",
-        "hf_verdict": _verdict(saved["validation_recall"], result["validation_baselines"]["token"]),
+        "hf_recall_rows": "\n".join(_recall_rows(scores["recall"], saved, baselines)),
+        "hf_recall_2k": f"{_mean(scores['recall_2k']):.3f}",
+        "hf_calibration_rows": "\n".join(_calibration_rows(scores["calibration"])),
+        "hf_exact": f"{exact:.3f}",
+        "hf_predicted": f"{predicted:.3f}",
+        "hf_ratio": f"{predicted / exact:.4f}",
+        "hf_ms": f"{scores['ms_per_512_tokens']:.0f}",
+        "hf_threads": str(scores["torch_threads"]),
+        "hf_verdict": _verdict(saved["validation_recall"], baselines["token"]),
         "hf_saved": result["saved"],
-        "hf_seconds": f"{saved['seconds']:.0f}",
-        "hf_minutes": f"{training['options']['minutes']:g}",
+        "hf_steps": str(saved["steps"]),
+        "hf_batch": str(training["options"]["batch_size"]),
         "hf_variant_rows": "\n".join(
             _variant_row(variant, variant is saved) for variant in result["variants"]
         ),
     }
+
+
+def _form(spec: dict[str, Any]) -> str:
+    shown = {**spec, "half_lives": ", ".join(f"{life:g}" for life in spec["half_lives"])}
+    residual = RESIDUAL_FORM if spec["token_residual"] else ""
+    return Template(FORMS[spec["network"]]).substitute(shown) + residual
 
 
 def _saved(result: dict[str, Any]) -> dict[str, Any]:
@@ -69,17 +78,20 @@ def _verdict(recall: list[float], by_token: list[float]) -> str:
     )
 
 
-def _recall_rows(result: dict[str, Any]) -> list[str]:
-    baselines, saved = result["validation_baselines"], _saved(result)
-    columns = [
-        result["held_out"]["recall"],
-        saved["validation_recall"],
-        baselines["token"],
-        baselines["layer"],
-    ]
+def _recall_rows(held_out: list[float], saved: dict[str, Any], baselines: dict[str, Any]) -> list[str]:
+    columns = [held_out, saved["validation_recall"], baselines["token"], baselines["layer"]]
     rows = [_row(str(layer), values) for layer, values in enumerate(zip(*columns, strict=True))]
-    means = [sum(column) / len(column) for column in columns]
-    return [*rows, _row("mean", means)]
+    return [*rows, _row("mean", [_mean(column) for column in columns])]
+
+
+def _calibration_rows(scores: dict[str, list[float]]) -> list[str]:
+    names = ("weight_error_uncalibrated", "weight_error", "use_ece_uncalibrated", "use_ece")
+    columns = zip(*(scores[name] for name in names), strict=True)
+    return [_row(str(layer), values) for layer, values in enumerate(columns)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _row(title: str, values: Any) -> str:
@@ -87,16 +99,16 @@ def _row(title: str, values: Any) -> str:
 
 
 def _variant_row(variant: dict[str, Any], saved: bool) -> str:
-    rate = variant.get("learning_rate") or RECIPES[variant["recipe"]].learning_rate
     perplexity = variant.get("perplexity_predicted")
     cells = (
         f"`{variant['name']}`{', saved' if saved else ''}",
-        variant["recipe"],
-        f"{rate:g}",
-        "yes" if variant.get("token_residual") else "no",
+        f"{variant['network']}{', token residual' if variant['token_residual'] else ''}",
+        variant["objective"],
+        f"{variant['learning_rate']:g}",
+        HARDWARE[variant["device"]],
         f"{variant['seconds']:.0f}",
         str(variant["steps"]),
-        f"{variant['tokens_seen'] / 1e6:.0f} M",
+        f"{variant['tokens_seen'] / 1e6:.1f} M",
         f"{variant['mean_validation_recall']:.3f}",
         f"{variant['validation_recall'][0]:.3f}",
         f"{perplexity:.2f}" if perplexity else "not measured",

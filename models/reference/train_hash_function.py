@@ -1,4 +1,4 @@
-"""Train the reference model's hash function: the paper's form and recipe and some variants, for the same minutes each;
+"""Train the reference model's hash function: the paper's network and ours, in some variants, for the same minutes each;
 the one with the best recall on the validation files is saved, and scored on the held-out files, which choose nothing.
 
     python -m models.reference.corpus --out .bundle/corpus.npz
@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from actors.predictor.arguments import Arguments, read_command_line
-from actors.predictor.baselines import score_baselines
+from actors.predictor.baselines import FrequentExperts
 from actors.predictor.evaluate import EvaluateArguments, evaluate, print_report
 from actors.predictor.network import HashFunction
 from actors.predictor.train import TrainArguments, read_training_data, save_training, train_hash_function
@@ -23,31 +23,39 @@ FOLDER = Path(__file__).parent
 RESULT_FILE = "evaluation.json"
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {"recipe": "paper"},
-    "fast": {"recipe": "fast"},
-    "hot": {"recipe": "fast", "learning_rate": 1e-2},
-    "token": {"recipe": "fast", "learning_rate": 1e-2, "token_residual": True},
-    "token_hot": {"recipe": "fast", "learning_rate": 2e-2, "token_residual": True},
+    "paper": {"network": "paper", "recipe": "paper"},
+    "hot": {"network": "paper", "recipe": "fast", "learning_rate": 1e-2},
+    "token_hot": {"network": "paper", "recipe": "fast", "learning_rate": 2e-2, "token_residual": True},
+    # As many bytes as the paper's network.
+    "filters": {"network": "filters", "recipe": "fast", "compressed_size": 192, "hidden_size": 192},
 }
 
 
 class ReferenceArguments(Arguments):
     model: str = Field(str(FOLDER), description="checkpoint folder", min_length=1)
     corpus: str = Field(".bundle/corpus.npz", description="made by models.reference.corpus")
+    traces: str | None = Field(
+        None,
+        description="folder with traces of its parts in `train` and `validation`, so that no GPU is needed",
+    )
     out: str = Field(str(FOLDER / "hash_function"), description="folder to write")
-    minutes: float = Field(4.0, gt=0, description="of training, for each variant")
+    minutes: float = Field(4.0, gt=0, description="of training, for each variant, at most")
+    steps: int = Field(10_000, ge=1, description="of training, for each variant, at most")
     variants: str = Field(",".join(VARIANTS), description="which to train, separated by commas")
     batch_size: int = Field(64, ge=1, description="windows per step")
     evaluate_every: int = Field(100, ge=1, description="steps")
     max_tokens: int = Field(10**9, ge=2, description="of the held-out text")
 
     def training(self, variant: str) -> TrainArguments:
+        text = {"text": f"{self.corpus}#train", "held_out": f"{self.corpus}#validation"}
+        traces = {"traces": f"{self.traces}/train", "held_out": f"{self.traces}/validation"}
         return TrainArguments.model_validate(
             {
-                **self.model_dump(include={"model", "device", "dtype", "window_tokens", "out", "minutes"}),
+                **self.model_dump(
+                    include={"model", "device", "dtype", "window_tokens", "out", "minutes", "steps"}
+                ),
                 **self.model_dump(include={"batch_size", "evaluate_every"}),
-                "text": f"{self.corpus}#train",
-                "held_out": f"{self.corpus}#validation",
+                **(traces if self.traces else text),
                 "patience": 20,
                 **VARIANTS[variant],
             }
@@ -68,7 +76,7 @@ def main() -> None:
     names = arguments.variants.split(",")
     # Every variant learns from the same model and text.
     data = read_training_data(arguments.training(names[0]))
-    baselines = score_baselines(data.source, data.held_out)
+    baselines = FrequentExperts(data.source, data.held_out).recall()
     print("recall of always naming the same experts:", baselines)
     runs: dict[str, tuple[HashFunction, TrainingRecord]] = {}
     for name in names:
@@ -85,16 +93,21 @@ def main() -> None:
         "held_out": {**asdict(evaluation), "mean_recall": evaluation.mean_recall},
         "validation_baselines": baselines,
         "saved": best,
-        "variants": [_summary(name, record) for name, (_, record) in runs.items()],
+        "variants": [_summary(name, arguments.training(name), record) for name, (_, record) in runs.items()],
     }
     (folder / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
-def _summary(name: str, record: TrainingRecord) -> dict[str, Any]:
+def _summary(name: str, arguments: TrainArguments, record: TrainingRecord) -> dict[str, Any]:
     return {
         "name": name,
-        **VARIANTS[name],
+        "network": arguments.network,
+        "recipe": arguments.recipe,
+        "objective": arguments.options().objective,
+        "learning_rate": arguments.options().learning_rate,
+        "token_residual": arguments.token_residual,
+        "device": arguments.torch_device.type,
         "validation_recall": record.best_recall,
         "mean_validation_recall": record.best_mean_recall,
         "best_step": record.best_step,

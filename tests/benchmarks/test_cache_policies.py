@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,26 @@ import pytest
 import torch
 
 from actors.executor.eviction import EVICTION_POLICIES, EvictionPolicy, LruPolicy
+from actors.executor.lookahead import COPIES_AHEAD, Lookahead
 from actors.predictor.decoding import DecodingPredictor, FrequencyPredictor, NoPredictor, OraclePredictor
+from actors.predictor.hash_function import save_hash_function
 from actors.predictor.network import WeightRule
-from actors.predictor.traces import TraceBatch, TraceFiles, TraceHeader, TraceWriter
+from actors.predictor.trace import TraceArguments, write_traces
+from actors.predictor.traces import Stack, TraceBatch, TraceFiles, TraceHeader, TraceWriter
 from benchmarks.cache_policies import __main__ as command
-from benchmarks.cache_policies.cells import BELADY, PREDICTORS, Cell, Workload
-from benchmarks.cache_policies.engine_check import POLICIES, compare_with_engine
+from benchmarks.cache_policies import engine_check
+from benchmarks.cache_policies.cells import BELADY, NEED_A_MODEL, PREDICTORS, Cell, Workload
+from benchmarks.cache_policies.engine_check import ON_DEMAND, best_combinations, compare_with_engine
+from benchmarks.cache_policies.guesses import Guesses, RecordedGuesses
 from benchmarks.cache_policies.simulation import Counts, Ids, belady, simulate, split
 from benchmarks.gpu.cache_simulation import last_use, next_use
 from benchmarks.gpu.cache_simulation import simulate as simulate_by_score
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, ConfigError
-from tests.tiny_models import NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint
+from tests.actors.predictor.conftest import make_function
+from tests.tiny_models import NUM_EXPERTS, TOP_K, VOCAB_SIZE, make_checkpoint, make_classifier_checkpoint
 
-LAYERS, TOKENS = 2, 60
+LAYERS, TOKENS = 3, 60
 
 
 def random_request(seed: int, tokens: int = TOKENS) -> Ids:
@@ -56,16 +63,68 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"), num_layers=LAYERS)
 
 
-def test_the_engine_hits_what_the_simulation_hits(checkpoint: Path) -> None:
+class AtOnce:
+    """A lookahead's words, taken when they are left: as in the simulation, no copy is late."""
+
+    def __init__(self, lookahead: Lookahead) -> None:
+        self.put = lookahead._take
+
+    def empty(self) -> bool:
+        return True
+
+    def qsize(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def no_copy_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(lookahead: Lookahead) -> None:
+        monkeypatch.setattr(lookahead, "_words", AtOnce(lookahead))
+
+    monkeypatch.setattr(Lookahead, "start", start)
+    monkeypatch.setattr(Lookahead, "stop", lambda _: None)
+
+
+def test_the_engine_hits_what_the_simulation_hits(
+    checkpoint: Path, no_copy_is_late: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_check, "NEW_TOKENS", 24)
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(VOCAB_SIZE, (3, 40), generator=generator).tolist()
     fingerprint = Checkpoint.open(checkpoint).fingerprint
-    rows = compare_with_engine(Workload(fingerprint, NUM_EXPERTS, REQUESTS[:3], token_ids), checkpoint)
-    assert [row["policy"] for row in rows] == list(POLICIES)
+    workload = Workload(fingerprint, NUM_EXPERTS, REQUESTS[:3], token_ids)
+    predicted = [("next-gate", "lru"), ("activation-trace", "lfu"), ("frequency", "fifo")]
+    rows = compare_with_engine(workload, checkpoint, [*ON_DEMAND, *predicted], num_requests=3)
+    assert [(row["predictor"], row["policy"]) for row in rows] == [*ON_DEMAND, *predicted]
+    assert_equal_counts(rows)
+
+
+def assert_equal_counts(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        assert row["slots"] == NUM_EXPERTS // 4
         assert 0 < row["engine_hits"] < row["needed"]
-        assert row["engine_hits"] == row["simulated_hits"], row["policy"]
+        assert row["engine_hits"] == row["simulated_hits"], row
+        assert row["engine_hit_rate"] == row["simulated_hit_rate"], row
+        assert row["engine_prefetched"] == row["simulated_prefetched"], row
+        assert (row["engine_prefetched"] > 0) == (row["predictor"] != "none")
+
+
+def test_the_best_that_an_engine_can_do_are_measured_in_it() -> None:
+    rows = [
+        {"policy": policy, "predictor": predictor, "slots": slots, "copies_ahead": copies, "miss_rate": rate}
+        for policy, predictor, slots, copies, rate in [
+            ("lru", "none", 2, 0, 0.5),
+            ("lru", "oracle", 2, COPIES_AHEAD, 0.1),
+            ("lru", "hash-function", 2, COPIES_AHEAD, 0.2),
+            ("lru", "next-gate", 2, COPIES_AHEAD, 0.3),
+            ("lfu", "next-gate", 2, COPIES_AHEAD + 1, 0.2),
+            ("lfu", "next-gate", 4, COPIES_AHEAD, 0.1),
+            ("lfu", "none", 2, 0, 0.4),
+            (BELADY, "none", 2, 0, 0.2),
+        ]
+    ]
+    workload = Workload("random", 8, REQUESTS, [])
+    assert best_combinations(workload, rows) == [("next-gate", "lru"), ("none", "lfu"), ("none", "lru")]
+    assert best_combinations(replace(workload, at_once=True), rows) == [("none", "lfu"), ("none", "lru")]
 
 
 def test_the_engine_refuses_the_trace_of_another_model(checkpoint: Path) -> None:
@@ -140,32 +199,56 @@ def test_a_prompt_is_one_pass() -> None:
     assert (counts.tokens, counts.misses) == (TOKENS, counts.needed)
 
 
-def write_trace(folder: Path, num_windows: int = 5) -> Path:
-    """Random routing of whole windows and a short one."""
-    header = TraceHeader("random", LAYERS, NUM_EXPERTS, TOP_K, TOP_K, WeightRule(sum=1.0))
+def random_guesses() -> Guesses:
+    """[12, layers, experts]: of TOP_K experts each."""
+    guesses = np.zeros((12, LAYERS, NUM_EXPERTS), np.float32)
+    np.put_along_axis(guesses, random_request(0, tokens=12), 0.5, axis=-1)
+    return guesses
+
+
+def write_trace(folder: Path, num_windows: int = 5, stack: Stack = "decoder") -> Path:
+    """Random routing of windows, the last one short."""
+    header = TraceHeader(
+        "random", LAYERS, NUM_EXPERTS, TOP_K, TOP_K, WeightRule(sum=1.0), "logits", stack=stack
+    )
     ids = torch.from_numpy(np.stack([random_request(seed, tokens=12) for seed in range(num_windows)]))
     token_ids = torch.arange(num_windows * 12).view(num_windows, 12)
     mask = torch.ones(num_windows, 12, dtype=torch.bool)
     mask[-1, 7:] = False
-    TraceWriter(folder, header).write(TraceBatch(token_ids, mask, ids, ids.float()))
+    TraceWriter(folder, header).write(TraceBatch(token_ids, mask, ids, torch.ones(ids.shape)))
     return folder
 
 
-def test_requests_are_whole_windows_evenly_spaced(tmp_path: Path) -> None:
-    workload = Workload.load(TraceFiles(write_trace(tmp_path)), num_requests=2)
-    assert [ids[0] for ids in workload.token_ids] == [0, 24]
+def test_requests_are_windows_without_padding_evenly_spaced(tmp_path: Path) -> None:
+    workload = Workload.load(TraceFiles(write_trace(tmp_path)), num_requests=3)
+    assert [ids[0] for ids in workload.token_ids] == [0, 12, 24]
     assert (workload.num_layers, workload.top_k, workload.num_warm_up) == (LAYERS, TOP_K, 1)
-    assert np.array_equal(workload.requests[1], random_request(2, tokens=12))
+    assert np.array_equal(workload.requests[1], random_request(1, tokens=12))
+    every = Workload.load(TraceFiles(tmp_path), num_requests=5)
+    assert [len(request) for request in every.requests] == [12, 12, 12, 12, 7]
+    assert every.token_ids[-1] == list(range(48, 55))
 
 
 def test_a_trace_of_one_window_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="1 whole windows' is not possible: 2 whole windows or more"):
-        Workload.load(TraceFiles(write_trace(tmp_path, num_windows=2)), num_requests=2)
+    with pytest.raises(ConfigError, match="1 windows' is not possible: 2 windows or more"):
+        Workload.load(TraceFiles(write_trace(tmp_path, num_windows=1)), num_requests=2)
+
+
+def test_a_decoder_reads_token_by_token_and_an_encoder_at_once(tmp_path: Path) -> None:
+    decoder = Workload.load(TraceFiles(write_trace(tmp_path / "decoder")), num_requests=4)
+    encoder = Workload.load(TraceFiles(write_trace(tmp_path / "encoder", stack="encoder")), num_requests=4)
+    assert [len(ids) for ids in decoder.all_passes(decoder.requests)] == [1] * 48
+    assert [len(ids) for ids in encoder.all_passes(encoder.requests)] == [12] * 4
+    cell = Cell("lru", "oracle", slots=NUM_EXPERTS, copies_ahead=NUM_EXPERTS)
+    assert decoder.run(cell)["miss_rate"] == encoder.run(cell)["miss_rate"] == 0
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_a_cell_is_a_row(tmp_path: Path, predictor: str) -> None:
-    workload = Workload.load(TraceFiles(write_trace(tmp_path)), num_requests=4)
+    workload = replace(
+        Workload.load(TraceFiles(write_trace(tmp_path)), num_requests=4),
+        guesses={name: [random_guesses()] * 4 for name in NEED_A_MODEL},
+    )
     row = workload.run(Cell("lfu", predictor, slots=4, copies_ahead=1))
     assert 0 < row["miss_rate"] < 1
     assert (row["prefetched_per_token"] > 0) == (predictor != "none")
@@ -181,8 +264,84 @@ def test_the_command_writes_every_cell(
     command.main()
     record = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
-    assert len(record["results"]) == 2 * (len(EVICTION_POLICIES) * len(PREDICTORS) + 1)
+    num_predictors = len(PREDICTORS) - len(NEED_A_MODEL)
+    assert len(record["results"]) == 2 * (len(EVICTION_POLICIES) * num_predictors + 1)
+    assert not {row["predictor"] for row in record["results"]} & set(NEED_A_MODEL)
     assert record["requests_tokens"] == [4, 48]
+
+
+def test_a_guess_reaches_as_far_as_it_may() -> None:
+    guesses = np.stack([random_guesses()[0], np.zeros((LAYERS, NUM_EXPERTS), np.float32)])
+    for reach, rows in ((1, 1), (None, LAYERS - 1)):
+        predictor = RecordedGuesses([guesses, guesses], reach)
+        predictor.begin_pass(["a"])
+        named = predictor.predict(1)
+        assert named.shape == (LAYERS - 1, NUM_EXPERTS)
+        assert np.allclose(named[:rows], guesses[0, 1 : 1 + rows] / 2), "the mean of two tokens"
+        assert not named[rows:].any()
+
+
+SENTENCES = [6, 9, 4, 12]  # tokens
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder-decoder with a random hash function for its encoder."""
+    folder = make_checkpoint("switch_transformers", tmp_path_factory.mktemp("switch"), num_layers=4)
+    save_hash_function(make_function(folder), folder / "hash_function")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_classifier_checkpoint(tmp_path_factory.mktemp("classifier"), ["ham", "spam"])
+    save_hash_function(make_function(folder), folder / "hash_function")
+    return folder
+
+
+def trace_sentences(model: Path, folder: Path, **arguments: str) -> Path:
+    generator = np.random.default_rng(0)
+    rows = np.full((len(SENTENCES), max(SENTENCES)), -1)
+    for row, length in zip(rows, SENTENCES, strict=True):
+        row[:length] = generator.integers(1, VOCAB_SIZE, length)
+    np.savez(folder / "text.npz", ids=rows)
+    text = f"{folder / 'text.npz'}#ids"
+    options = {"device": "cpu", "window_tokens": str(max(SENTENCES)), **arguments}
+    write_traces(TraceArguments(model=str(model), text=text, out=str(folder / "trace"), **options))
+    return folder / "trace"
+
+
+@pytest.mark.parametrize("kind", ["switch", "classifier"])
+def test_every_predictor_and_the_engine_on_an_encoder(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch, out = request.getfixturevalue(kind), tmp_path / "results.json"
+    trace = trace_sentences(switch, tmp_path)
+    words = ["--trace", str(trace), "--slots", "2", "--policy", "lfu", "--engine-requests", "3"]
+    monkeypatch.setattr("sys.argv", ["cache_policies", *words, "--model", str(switch), "--out", str(out)])
+    command.main()
+    record = json.loads(out.read_text())
+    assert record["layers_experts_top_k"] == [2, NUM_EXPERTS, 1]
+    assert record["requests_tokens"] == [len(SENTENCES), sum(SENTENCES)]
+    assert {row["predictor"] for row in record["results"]} == set(PREDICTORS)
+    assert [(row["predictor"], row["policy"]) for row in record["engine"]] == list(ON_DEMAND)
+    assert_equal_counts(record["engine"])
+
+
+def test_a_hash_function_that_is_not_there_is_asked_for_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    trace = trace_sentences(checkpoint, tmp_path)
+    words = ["--trace", str(trace), "--model", str(checkpoint), "--predictor", "hash-function"]
+    with pytest.raises(ConfigError, match="hash-function' is not possible: for this model one of none"):
+        command.load_workload(command.parse_arguments(words))
+
+
+def test_what_a_decoder_beside_an_encoder_read_is_not_in_its_trace(switch: Path, tmp_path: Path) -> None:
+    source = f"{tmp_path / 'text.npz'}#ids"
+    trace = trace_sentences(switch, tmp_path, stack="decoder", source=source)
+    workload = Workload.load(TraceFiles(trace), num_requests=4)
+    assert 0 < workload.run(Cell("lru", "none", slots=2, copies_ahead=0))["miss_rate"] < 1
+    with pytest.raises(ConfigError, match="without --model"):
+        workload.with_guesses(switch)
 
 
 def test_the_plot_has_a_panel_for_each_predictor(tmp_path: Path) -> None:

@@ -114,6 +114,36 @@ def test_names_a_placement_trace_of_another_model(tmp_path: Path) -> None:
     assert "No such file" in message(model=checkpoint, placement_trace=tmp_path / "nothing")
 
 
+def test_names_what_a_gpu_cannot_do(folder: Path) -> None:
+    on_gpu = {"model": folder, "device": "cuda"}
+    assert message(**on_gpu, eviction="activation").startswith(
+        "eviction='activation' is not possible: on a GPU"
+    )
+    told = message(**on_gpu, decode_predictor="activation-trace")
+    assert told.startswith("decode_predictor='activation-trace' is not possible: on a GPU")
+    assert "auto, none, next-gate" in told
+    assert (
+        checked_config({**on_gpu, "model": str(folder), "decode_predictor": "next-gate"})[0].device == "cuda"
+    )
+
+
+def test_names_a_predictor_that_the_model_or_a_setting_rules_out(folder: Path, tmp_path: Path) -> None:
+    biased = write_config("minimax_m2", tmp_path)
+    on_cpu = {"model": folder, "device": "cpu"}
+    assert "hidden states alone" in message(model=biased, device="cpu", decode_predictor="next-gate")
+    assert "set resident_set" in message(**on_cpu, decode_predictor="frequency")
+    assert message(**on_cpu, expert_slots=4, pinned_experts=1).startswith("pinned_experts=1")
+    settings = {"model": str(folder), "device": "cpu", "decode_predictor": "next-gate"}
+    assert checked_config(settings)[0].decode_predictor == "next-gate"
+
+
+def test_names_a_resident_set_of_another_model(tmp_path: Path) -> None:
+    checkpoint, loads = make_checkpoint("qwen3_moe", tmp_path / "model"), tmp_path / "loads"
+    ExpertLoads("0123456789abcdef", np.ones((1, 3, 8), np.int64)).save(loads)
+    text = message(model=checkpoint, resident_set=loads)
+    assert text.startswith(f"resident_set={str(loads)!r} is not possible: its loads are of model 0123")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",

@@ -1,5 +1,6 @@
 """Reads prompts of several sequences in one pass that pages by itself, for experts that `prompt_expert_kernels` computes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -7,21 +8,73 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from actors.executor.gpu.pager import MAX_ROWS, DevicePager
-from actors.executor.gpu.prompt_pass import PackedPrompts, PromptPass
+from actors.executor.gpu.prompt_pass import PackedPrompts, PackedTokens, PromptPass
 from actors.executor.model_loader import SlotModel
 from actors.executor.passes import PassClock
 from actors.executor.prompts import AfterLayer, PromptResult
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.sequence import PromptChunk
 
-# Packed tokens -> [chunks, vocab] float32 logits of each chunk's last token.
+# Packed tokens -> [chunks, outputs] float32 logits of each chunk: of its last token, or of its labels.
 PromptForward = Callable[[PackedPrompts], Tensor]
 
 
-class DevicePrompts:
+class QueuedPasses(ABC):
+    """Runs `PromptPass`es of one model."""
+
+    def __init__(self, slot_model: SlotModel) -> None:
+        assert isinstance(slot_model.pager, DevicePager)
+        self._pager: DevicePager = slot_model.pager
+        self._device: torch.device = slot_model.model.device
+        self._clock: PassClock = slot_model.clock
+
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        """Compile what any number of tokens runs, so that no request waits for it.
+
+        No token counts, but a few experts are prefetched by a guess.
+        """
+        prompts = PackedPrompts.of([RowInput(0, 0, (0,) * num_tokens)], self._device)
+        prompts.num_tokens.zero_()  # all of it is padding
+        self._run(self._new_pass(prompts))
+        for layer in range(self._clock.num_layers):  # not all of them lie at equally aligned addresses
+            self._pager.prefetch_used(layer, [0])  # as a hash table does
+            self._pager.prefetch_ahead(layer, [0])
+        self._pager.join()
+
+    @abstractmethod
+    def _new_pass(self, prompts: PackedTokens) -> PromptPass: ...
+
+    def _run(self, pass_: PromptPass) -> Tensor:
+        """Queue the pass. Returns: [chunks, outputs] float32 logits."""
+        self._clock.begin_pass(pass_)
+        try:
+            self._pager.begin_prompt()
+            pass_.after_layer(-1)
+            return self._queue(pass_.prompts)
+        finally:
+            self._pager.join()
+            self._clock.end_pass()
+
+    @abstractmethod
+    def _queue(self, prompts: PackedTokens) -> Tensor: ...
+
+    def _result(self, pass_: PromptPass, inputs: Sequence[RowInput], logits: Tensor) -> PromptResult:
+        """Waits for the pass. Args: inputs: the chunks that it read."""
+        lengths = [len(each.token_ids) for each in inputs]
+        needed, missed = torch.stack([pass_.needed, pass_.missed])[:, : len(inputs)].cpu().numpy()
+        choices: NDArray[np.int64] = (
+            torch.stack(pass_.choices)[:, : sum(lengths)].cpu().long().numpy()
+        )  # [layers, tokens, top_k]
+        of_chunks = np.split(choices, np.cumsum(lengths)[:-1], axis=1)
+        copied = int(self._pager.num_prefetched + self._pager.num_copied_ahead)
+        fetched = missed + _shared(copied, lengths)
+        return PromptResult(logits, needed, missed, fetched, [list(each) for each in of_chunks])
+
+
+class DevicePrompts(QueuedPasses):
     """
     Args:
         runner: reads the prompts of families without a forward of their own, one chunk at a time.
@@ -35,10 +88,7 @@ class DevicePrompts:
     def __init__(
         self, slot_model: SlotModel, runner: ModelRunner, forward: PromptForward | None, prefetch: bool = True
     ) -> None:
-        assert isinstance(slot_model.pager, DevicePager)
-        self._pager: DevicePager = slot_model.pager
-        self._model: PreTrainedModel = slot_model.model
-        self._clock: PassClock = slot_model.clock
+        super().__init__(slot_model)
         self._runner, self._forward, self._prefetch = runner, forward, prefetch
         self.max_chunks = MAX_ROWS if forward is not None else 1
 
@@ -50,57 +100,23 @@ class DevicePrompts:
         return self.read_rows(inputs, after_layer, paced)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile what any number of tokens runs, so that no request waits for it.
-
-        No token counts, but a few experts are prefetched by a guess.
-        """
-        num_tokens = min(
-            self._pager.num_experts, self._runner.max_tokens
-        )  # may need all experts, and so waves
-        prompts = PackedPrompts.of([RowInput(0, 0, (0,) * num_tokens)], self._model.device)
-        prompts.num_tokens.zero_()  # all of it is padding
-        self._run(
-            PromptPass(self._pager, self._clock.num_layers, prompts, self._prefetch, lambda _: None, False)
-        )
-        for layer in range(self._clock.num_layers):  # not all of them lie at equally aligned addresses
-            self._pager.prefetch_used(layer, [0])  # as a hash table does
-        self._pager.join()
-
-    @torch.inference_mode()
     def read_rows(
         self, inputs: Sequence[RowInput], after_layer: AfterLayer = lambda _: None, paced: bool = False
     ) -> PromptResult:
         """`read` of any rows' next tokens, at most `max_chunks` rows."""
-        prompts = PackedPrompts.of(inputs, self._model.device)
-        pass_ = PromptPass(self._pager, self._clock.num_layers, prompts, self._prefetch, after_layer, paced)
-        return self._result(pass_, self._run(pass_))
+        pass_ = self._new_pass(PackedPrompts.of(inputs, self._device), after_layer, paced)
+        return self._result(pass_, inputs, self._run(pass_))
 
-    def _run(self, pass_: PromptPass) -> Tensor:
-        """Queue the pass. Returns: [chunks, vocab] float32 logits of each chunk's last token."""
-        prompts = pass_.prompts
-        self._clock.begin_pass(pass_)
-        try:
-            self._pager.begin_prompt()
-            pass_.after_layer(-1)
-            if self._forward is None:
-                return self._runner.forward(prompts.inputs)
-            return self._forward(prompts)
-        finally:
-            self._pager.join()
-            self._clock.end_pass()
+    def _new_pass(
+        self, prompts: PackedTokens, after_layer: AfterLayer = lambda _: None, paced: bool = False
+    ) -> PromptPass:
+        return PromptPass(
+            self._pager, self._clock.num_layers, prompts, after_layer, guesses=self._prefetch, paced=paced
+        )
 
-    def _result(self, pass_: PromptPass, logits: Tensor) -> PromptResult:
-        """Waits for the pass."""
-        inputs = pass_.prompts.inputs
-        needed, missed = pass_.needed.cpu().numpy(), pass_.missed.cpu().numpy()
-        choices: NDArray[np.int64] = (
-            torch.stack(pass_.choices).cpu().long().numpy()
-        )  # [layers, tokens, top_k]
-        lengths = [len(each.token_ids) for each in inputs]
-        of_chunks = np.split(choices, np.cumsum(lengths)[:-1], axis=1)
-        fetched = missed + _shared(int(self._pager.num_prefetched), lengths)
-        return PromptResult(logits, needed, missed, fetched, [list(each) for each in of_chunks])
+    def _queue(self, prompts: PackedTokens) -> Tensor:
+        assert isinstance(prompts, PackedPrompts)
+        return self._runner.forward(prompts.inputs) if self._forward is None else self._forward(prompts)
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from actors.executor.gpu.prefetch_governor import (
     affordable_prefetches,
     break_even_precision,
 )
+from actors.executor.gpu.prompt_pass import upload
 from actors.executor.passes import PassClock
 from actors.executor.sequence import Sequence
 from common.generation import TokenLogprobs
@@ -126,9 +127,10 @@ class GraphDecoder:
     def first(self, sequences: SequenceOf[Sequence], logits: Tensor) -> SequenceOf[Drawn]:
         for sequence in sequences:
             self._sampling.set(sequence.row, sequence.request.sampling)
-        rows, positions = torch.tensor(
+        rows, positions = upload(
             [[each.row for each in sequences], [each.num_prompt_tokens for each in sequences]],
-            device=self._device,
+            torch.int64,
+            self._device,
         )
         tokens = sample_tokens(logits.contiguous(), rows, positions, self._sampling)
         self._last_tokens[rows] = tokens.clamp(min=0)

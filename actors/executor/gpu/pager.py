@@ -60,14 +60,18 @@ class DevicePager(HostPasses):
         device, num_layers = self.state.step.device, len(self._pools)
         self._scratch = _Scratch(self.num_experts, self.num_slots, device)
         self._prefetch_scratch = _Scratch(self.num_experts, self.num_slots, device)
+        self._ahead_scratch = _Scratch(self.num_experts, self.num_slots, device)
         # While a pass is queued, what its next layer waits for, and what that still reads.
         self._prefetched: torch.cuda.Event | None = None
         self._guess: Tensor | None = None
+        self._ahead: dict[int, torch.cuda.Event | None] = {}  # what each layer of the next pass waits for
         self._budget = np.full(num_layers, MAX_PREFETCHED, np.int32)
         # [layers, 1] int32: experts that a step may prefetch for each layer.
         self.prefetch_budget = torch.from_numpy(self._budget).to(device, copy=True)[:, None]
         self.row_missed = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
-        self.num_prefetched = torch.zeros(1, dtype=torch.int64, device=device)  # of this prompt pass
+        # Of this prompt pass, experts prefetched in it and ahead of it; and of each layer ahead of the next one.
+        self.num_prefetched, self.num_copied_ahead = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self._num_ahead = torch.zeros(num_layers, dtype=torch.int64, device=device)
 
     def review_prefetching(self, governor: PrefetchGovernor) -> None:
         """Set what each layer may prefetch by what the last `refresh` brought."""
@@ -85,12 +89,32 @@ class DevicePager(HostPasses):
         self.follow_experts()
         self.state.step.add_(1)
         self.num_prefetched.zero_()
+        self.num_copied_ahead.zero_()
 
     def join(self) -> None:
-        """Have what is queued from now on wait for the prefetches under way."""
+        """Have what is queued from now on wait for the running pass' prefetches."""
         if self._prefetched is not None:
             torch.cuda.current_stream().wait_event(self._prefetched)
             self._prefetched = self._guess = None
+
+    def join_ahead(self, layer: int) -> None:
+        """Have the layer of this pass, which is queued next, wait for what was copied for it ahead of the pass."""
+        if layer in self._ahead:
+            self._wait_ahead(layer)
+            del self._ahead[layer]
+            self.num_copied_ahead += self._num_ahead[layer]
+            self._num_ahead[layer].zero_()
+
+    def _wait_ahead(self, layer: int) -> None:
+        event = self._ahead.get(layer)
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def _take_over(self) -> None:
+        self.join()
+        for layer in range(len(self._pools)):
+            self.join_ahead(layer)
+        super()._take_over()
 
     def can_prefetch(self, num_rows: int, top_k: int) -> bool:
         """Whether a step of so many rows leaves slots for experts that it may not need."""
@@ -157,15 +181,31 @@ class DevicePager(HostPasses):
         """Between two layers of a prompt: have experts that a coming layer is predicted to use copied beside the compute."""
         if self.holds_all or not expert_ids:
             return
+        # Layers before have made the copies wait for all earlier reads of any slot; their own compute, they need not.
+        with self._beside(after_queued=layer == 0):
+            self._wait_ahead(layer)
+            self._prefetch_used(layer, self._uploaded(expert_ids), self.num_slots, _TABLES)
+            self._prefetched = self._mark()
+
+    def prefetch_ahead(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """Once a layer of a prompt is queued: have experts that the next pass is predicted to use there copied beside the
+        rest of this pass, none of whose layers waits for them (SiDA-MoE, section 3.4).
+        """
+        if self.holds_all or not expert_ids:
+            return
+        with self._beside(ahead=True):
+            count = self._num_ahead[layer : layer + 1]
+            self._prefetch_used(
+                layer, self._uploaded(expert_ids), self.num_slots, _TABLES, self._ahead_scratch, count
+            )
+            self._ahead[layer] = self._mark()
+
+    def _uploaded(self, expert_ids: Sequence[int]) -> Tensor:
+        """On the current stream."""
         ids = torch.tensor(expert_ids, dtype=torch.int32)
         if self._copies is not None:
             ids = ids.pin_memory()
-        # Layers before have made the copies wait for all earlier reads of any slot; their own compute, they need not.
-        with self._beside(after_queued=layer == 0):
-            self._prefetch_used(
-                layer, ids.to(self.state.step.device, non_blocking=True), self.num_slots, _TABLES
-            )
-            self._prefetched = self._mark()
+        return ids.to(self.state.step.device, non_blocking=True)
 
     def _all_resident(self, layer: int, ids: Tensor, num_active: Tensor, most: int, of_prompts: bool) -> Wave:
         scratch, (rows, top_k) = self._scratch, ids.shape
@@ -209,12 +249,21 @@ class DevicePager(HostPasses):
         )  # fmt: skip
         self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
 
-    def _prefetch_used(self, layer: int, ids: Tensor, budget: int, asker: int) -> None:
-        state, scratch = self.state, self._prefetch_scratch
+    def _prefetch_used(
+        self,
+        layer: int,
+        ids: Tensor,
+        budget: int,
+        asker: int,
+        scratch: "_Scratch | None" = None,
+        count: Tensor | None = None,
+    ) -> None:
+        state, scratch = self.state, scratch or self._prefetch_scratch
+        count = self.num_prefetched if count is None else count
         prefetch_used_kernel[(1,)](
             ids, ids.numel(), budget,
             state.slot_of[layer], state.expert_in[layer], state.stamps[layer], state.heat[layer], state.unused[layer],
-            self._pinned(layer), state.step, state.counters[layer], self.num_prefetched,
+            self._pinned(layer), state.step, state.counters[layer], count,
             scratch.needed, scratch.keys, scratch.order, scratch.miss_slots, scratch.miss_experts, scratch.num_misses,
             BY_HEAT=self._order.by_heat, HALF_LIFE=HALF_LIFE_PASSES, NUM_EXPERTS=self.num_experts,
             NUM_SLOTS=self.num_slots, EXPERTS_P=_padded(self.num_experts), SLOTS_P=_padded(self.num_slots),
@@ -234,14 +283,17 @@ class DevicePager(HostPasses):
         )  # fmt: skip
 
     @contextmanager
-    def _beside(self, after_queued: bool = True) -> Iterator[None]:
-        """The body on the fetch stream, after what is queued on the current one, or beside it."""
+    def _beside(self, after_queued: bool = True, ahead: bool = False) -> Iterator[None]:
+        """The body on the stream of fetches, or of those for the next pass, after what is queued on the current one or
+        beside it.
+        """
         if self._copies is None:
             yield
             return
+        stream = self._copies.ahead if ahead else self._copies.fetches
         if after_queued:
-            self._copies.fetches.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies.fetches):
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             yield
 
     def _mark(self) -> torch.cuda.Event | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from actors.executor.gpu.expert_kernels import activate
 
 _PAIRS_AT_ONCE = 1024  # of the loops over all pairs
-_BLOCK_M = 64  # pairs of a tile
+# Pairs of a tile, by the size of an element in bytes: without tensor cores, empty places take as long as others.
+_BLOCK_M = {2: 64, 4: 16}
 
 
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
@@ -162,9 +163,10 @@ def compute_pairs(
     """
     hidden_size, intermediate = outputs.shape[1], activated.shape[1]
     num_tokens = len(hidden)
-    tiles = triton.cdiv(num_tokens, _BLOCK_M)  # of an expert: a token chooses it once
+    block_m = _BLOCK_M[hidden.itemsize]
+    tiles = triton.cdiv(num_tokens, block_m)  # of an expert: a token chooses it once
     wide = hidden.itemsize == 2
-    tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": 64, "BLOCK_K": 64 if wide else 32, "num_warps": 4}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 64 if wide else 32, "num_warps": 4}
     _up_kernel[(triton.cdiv(intermediate, 64), max_experts, tiles)](
         hidden, order, starts, *wave, up, activated,
         GATED=up.shape[1] == 2 * intermediate, SLOT_STRIDE=up.stride(0), HIDDEN=hidden_size, INTERMEDIATE=intermediate,

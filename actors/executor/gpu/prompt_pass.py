@@ -14,6 +14,7 @@ from actors.executor.gpu.paging_kernels import count_kernel
 from actors.executor.gpu.prompt_expert_kernels import compute_pairs, sort_pairs
 from actors.executor.gpu.prompt_kernels import BLOCK_TOKENS
 from actors.executor.gpu.slot_experts import kernel_weights
+from actors.executor.passes import Routing
 from actors.executor.runner import RowInput
 
 _LAYERS_AHEAD = 2  # that a paced pass queues before the first of them is complete
@@ -21,16 +22,20 @@ _ALIGNMENT = 4  # elements of 4 bytes or more
 
 
 @dataclass(frozen=True)
-class PackedPrompts:
-    """The next tokens of several rows, one after the other."""
+class PackedTokens:
+    """The next tokens of several rows, one after the other, in device memory."""
 
     inputs: Sequence[RowInput]
     token_ids: Tensor  # [tokens] int64, like the next two
     positions: Tensor
     rows: Tensor
-    last: Tensor  # [chunks] int64: the place of each chunk's last token
     starts: Tensor  # [chunks + 1] int32: of each chunk's first token
-    num_tokens: Tensor  # [1] int32
+    num_tokens: Tensor  # [1] int32; what is behind is padding
+
+
+@dataclass(frozen=True)
+class PackedPrompts(PackedTokens):
+    last: Tensor  # [chunks] int64: the place of each chunk's last token
     blocks: Tensor  # [blocks, 2] int32, as `prompt_kernels.prompt_attention` takes them
 
     @classmethod
@@ -45,17 +50,17 @@ class PackedPrompts:
             starts.append(first + count)
         last = [start - 1 for start in starts[1:]]
         ids, positions, rows = zip(*tokens, strict=True)
-        token_ids, token_positions, token_rows, ends = _upload(
+        token_ids, token_positions, token_rows, ends = upload(
             [ids, positions, rows, last], torch.int64, device
         )
-        in_blocks, begins, number = _upload([blocks, starts, [len(tokens)]], torch.int32, device)
+        in_blocks, begins, number = upload([blocks, starts, [len(tokens)]], torch.int32, device)
         return cls(
-            inputs, token_ids, token_positions, token_rows, ends, begins, number, in_blocks.view(-1, 2)
+            inputs, token_ids, token_positions, token_rows, begins, number, ends, in_blocks.view(-1, 2)
         )
 
 
-def _upload(parts: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """In one copy, behind what is queued: one from ordinary memory could wait for all of it.
+def upload(parts: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tensors of their own, in one copy, behind what is queued: one from ordinary memory could wait for all of it.
 
     Parts begin at multiples of _ALIGNMENT elements: Triton compiles a kernel anew for an address of another alignment.
     """
@@ -72,20 +77,23 @@ def _upload(parts: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.de
 class PromptPass:
     """
     Args:
-        guesses: prefetch for a layer what its router says of the hidden states of the layer before.
         after_layer: as `PromptReader.read`.
+        guesses: prefetch for a layer what its router says of the hidden states of the layer before.
         paced: let the device keep up with the host.
+        routing: on the device; replaces the routers' choice. None lets them decide.
     """
 
     def __init__(
         self,
         pager: DevicePager,
         num_layers: int,
-        prompts: PackedPrompts,
-        guesses: bool,
-        after_layer: Callable[[int], None],
-        paced: bool,
+        prompts: PackedTokens,
+        after_layer: Callable[[int], None] = lambda _: None,
+        guesses: bool = False,
+        paced: bool = False,
+        routing: Routing | None = None,
     ) -> None:
+        self._routing = routing
         self.prompts, self.guesses = prompts, guesses and not pager.holds_all
         self.num_layers = num_layers
         self._pager, self.after_layer = pager, after_layer
@@ -115,6 +123,8 @@ class PromptPass:
         Returns:
             [tokens, hidden].
         """
+        if self._routing is not None:
+            ids, weights = self._routing.of_layer(layer, like=weights)
         pager, ids = self._pager, ids.contiguous()
         self._count(layer, ids)
         self.choices.append(ids)
@@ -129,6 +139,7 @@ class PromptPass:
 
     def _count(self, layer: int, ids: Tensor) -> None:
         self._pager.join()  # what was prefetched for this layer is no miss
+        self._pager.join_ahead(layer)
         count_kernel[(len(self.prompts.inputs),)](
             ids, self.prompts.starts, self._pager.state.slot_of[layer], self.needed, self.missed,
             TOP_K=ids.shape[1], NUM_EXPERTS=self._pager.num_experts,

@@ -1,6 +1,7 @@
 """Sequence classification in the engine: the unpaged model, text by text, is the measure."""
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from actors.executor.classify import classify
 from actors.executor.engine import EngineLimits
 from actors.executor.expert_source import CheckpointExpertSource
 from actors.executor.predicted_routing import PredictedRouting
-from actors.executor.prefetcher import PrefetchPlan
 from actors.predictor.predictor import HashFunctionPredictor
 from common.architecture import describe_architecture, load_config
 from common.checkpoint import Checkpoint
@@ -59,10 +59,14 @@ def start(folder: Path) -> Iterator[StartEngine]:
     running: list[Harness] = []
 
     def start_one(
-        num_slots: int | None = None, source: Any = None, on_device: bool = False, **options: Any
+        num_slots: int | None = None,
+        source: Any = None,
+        on_device: bool = False,
+        device: str = "cpu",
+        **options: Any,
     ) -> Harness:
-        model = slot_model(folder, num_slots, source=source, on_device=on_device)
-        running.append(start_engine(model, **{"limits": LIMITS, **options}))
+        model = slot_model(folder, num_slots, source=source, on_device=on_device, device=device)
+        running.append(start_engine(model, **{"limits": LIMITS, "top_k": 1, **options}))
         return running[-1]
 
     yield start_one
@@ -70,10 +74,10 @@ def start(folder: Path) -> Iterator[StartEngine]:
         harness.engine.stop()
 
 
-def expected_logits(folder: Path) -> Tensor:
+def expected_logits(folder: Path, texts: Sequence[list[int]] = TEXTS) -> Tensor:
     model = SwitchTransformersForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        return torch.cat([model(input_ids=torch.tensor([text])).logits for text in TEXTS])
+        return torch.cat([model(input_ids=torch.tensor([text])).logits for text in texts])
 
 
 def assert_says(logits: Tensor, expected: Tensor) -> None:
@@ -90,46 +94,80 @@ def test_texts_of_all_lengths_together_are_judged_as_each_alone(
     assert_says(classify(start(num_slots).engine, TEXTS), expected)
 
 
-def test_a_device_that_pages_is_driven_by_the_host(start: StartEngine, folder: Path) -> None:
+def test_a_device_pages_by_itself_and_no_slot_count_changes_a_bit(
+    start: StartEngine, folder: Path, device: str
+) -> None:
     pytest.importorskip("triton")
-    assert_says(classify(start(3, on_device=True).engine, TEXTS), expected_logits(folder))
+    texts = [
+        TEXTS[1],
+        TEXTS[3],
+        [7 + token for token in range(17)],
+    ]  # the last is longer than captured passes
+    tables = true_tables(folder, texts)
+    tables[0].expert_ids[0, 0] = (tables[0].expert_ids[0, 0] + 1) % NUM_EXPERTS  # a wrong guess
+    logits = []
+    for num_slots in (NUM_EXPERTS, 3):
+        engine = start(num_slots, on_device=True, device=device).engine
+        logits.append(classify(engine, texts, tables))
+        report = engine.report()
+        assert report.paging == "device"
+        for layer in report.layers:
+            assert layer.hits + layer.misses > 0
+            assert num_slots < NUM_EXPERTS or layer.misses == 0
+    assert_says(logits[0], expected_logits(folder, texts))
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_right_tables_are_prefetched_for_this_pass_and_the_next(
-    start: StartEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+    start: StartEngine, folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device, where no thread races with the pass: all that the texts behind the first need is there in time."""
+    """All that the texts behind the first need is there in time; of the last one, before its pass begins."""
     pytest.importorskip("triton")
-    source = GatedSource(folder)
     limits = EngineLimits(3, 4, 8)  # a pass for each text
-    harness = start(NUM_EXPERTS - 1, source=source, on_device=True, limits=limits)
-    plans_ahead: list[int] = []
-    clock, prefetcher = harness.slot_model.clock, harness.engine._prefetcher
+    harness = start(NUM_EXPERTS - 1, on_device=True, device=device, limits=limits)
+    prefetcher, pager = harness.engine._prefetcher, harness.slot_model.pager
     assert prefetcher is not None
-    submit = prefetcher.submit
+    begun, go_on = threading.Event(), threading.Event()
+    copied: list[tuple[str, int]] = []
 
-    def spy(plan: PrefetchPlan) -> None:
-        plans_ahead.append(plan.pass_number - clock.passes_begun)
-        submit(plan)
+    def gated(layer: int) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        after_layer(layer)
 
-    monkeypatch.setattr(prefetcher, "submit", spy)
+    def spied(name: str) -> Callable[[int, list[int]], None]:
+        copy = getattr(pager, name)
+
+        def spy(layer: int, expert_ids: list[int]) -> None:
+            if expert_ids:
+                copied.append((name, layer))
+            copy(layer, expert_ids)
+
+        return spy
+
+    after_layer = prefetcher.after_layer
+    monkeypatch.setattr(prefetcher, "after_layer", gated)
+    for name in ("prefetch_used", "prefetch_ahead"):
+        monkeypatch.setattr(pager, name, spied(name))
     texts = TEXTS[:3]
     tables = true_tables(folder, texts)
-    source.gate.clear()
-    source.waiting.clear()
     sinks = [harness.submit(texts[0], "0")]
-    assert source.waiting.wait(10)
+    assert begun.wait(10)
     for number in (1, 2):
         sinks.append(harness.submit(texts[number], str(number)))
         harness.engine.attach_table(str(number), tables[number])
-    source.gate.set()
+    go_on.set()
     usages = [sink.result()[-1].experts for sink in sinks]
     assert usages[0] is not None and usages[0].missed > 0
     for usage in usages[1:]:
         assert usage is not None
         assert (usage.missed, usage.predicted) == (0, usage.needed)
-    assert harness.engine.report().hash_tables["on_time"] == 2
-    assert plans_ahead == [0, 1, 0], "the last text's is made while the one before is read, too"
+    report = harness.engine.report()
+    assert (report.hash_tables["on_time"], report.prefetches["hash-function"].copied > 0) == (2, True)
+    layers = harness.slot_model.clock.num_layers
+    own = [("prefetch_used", layer) for layer in range(layers)]
+    ahead = [("prefetch_ahead", layer) for layer in range(layers)]
+    assert copied[0] == own[0] and sorted(copied) == sorted(own + ahead), "nothing is asked for twice"
 
 
 def true_tables(folder: Path, texts: list[list[int]]) -> list[Any]:
@@ -149,8 +187,14 @@ def true_tables(folder: Path, texts: list[list[int]]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("with_tables", [True, False], ids=["tables on the bus", "tables lost"])
-def test_predicted_tables_route_the_classifier(start: StartEngine, folder: Path, with_tables: bool) -> None:
+@pytest.mark.parametrize(
+    ("with_tables", "on_device"),
+    [(True, False), (False, False), (True, True)],
+    ids=["tables on the bus", "tables lost", "paged by the device"],
+)
+def test_predicted_tables_route_the_classifier(
+    start: StartEngine, folder: Path, device: str, with_tables: bool, on_device: bool
+) -> None:
     function = make_function(folder)
     tables = HashFunctionPredictor(function).predict(TEXTS)
     model = SwitchTransformersForSequenceClassification.from_pretrained(folder).eval()
@@ -171,7 +215,8 @@ def test_predicted_tables_route_the_classifier(start: StartEngine, folder: Path,
         for hook in hooks:
             hook.remove()
     assert not torch.allclose(torch.cat(expected), expected_logits(folder), atol=0.1)
-    engine = start(2, routing=PredictedRouting(function)).engine
+    where = {"on_device": True, "device": device} if on_device else {}
+    engine = start(2, routing=PredictedRouting(function), **where).engine
     assert_says(classify(engine, TEXTS, tables if with_tables else None), torch.cat(expected))
 
 

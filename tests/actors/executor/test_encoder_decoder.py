@@ -86,9 +86,13 @@ def start() -> Iterator[StartEngine]:
     running: list[Harness] = []
 
     def start_one(
-        folder: Path, num_slots: int | None = None, on_device: bool = False, **options: Any
+        folder: Path,
+        num_slots: int | None = None,
+        on_device: bool = False,
+        device: str = "cpu",
+        **options: Any,
     ) -> Harness:
-        model = slot_model(folder, num_slots, on_device=on_device)
+        model = slot_model(folder, num_slots, on_device=on_device, device=device)
         running.append(start_engine(model, **{"limits": LIMITS, **options}))
         return running[-1]
 
@@ -158,9 +162,9 @@ def test_logprobs_are_the_references(start: StartEngine, folder: Path) -> None:
         assert [token_id for token_id, _ in first.top] == expected.topk(3).indices.tolist()
 
 
-def test_a_device_that_pages_is_driven_by_the_host(start: StartEngine, folder: Path) -> None:
+def test_a_device_that_pages_is_driven_by_the_host(start: StartEngine, folder: Path, device: str) -> None:
     pytest.importorskip("triton")
-    harness, model = start(folder, 3, on_device=True), reference(folder)
+    harness, model = start(folder, 3, on_device=True, device=device), reference(folder)
     expected = [generated(model, prompt, 4) for prompt in PROMPTS[:3]]
     assert harness.generate(PROMPTS[:3], max_tokens=4) == expected
     assert harness.engine.report().paging == "host"

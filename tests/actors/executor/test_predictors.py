@@ -99,6 +99,7 @@ def test_a_request_pays_for_what_was_copied_ahead_for_it(models: dict[str, SlotM
         if moved > usage.missed * slab_bytes:
             break
     harness.engine.stop()
+    assert usage is not None
     assert usage.missed * slab_bytes < usage.moved_bytes <= moved
 
 
@@ -231,7 +232,7 @@ def test_on_a_gpu_the_next_gate_is_a_switch_of_its_passes(
 ) -> None:
     from actors.executor.gpu.device_prompts import DevicePrompts
 
-    monkeypatch.setattr(DevicePrompts, "warm_up", lambda _: None)  # compiles, which is of no use here
+    monkeypatch.setattr(DevicePrompts, "warm_up", lambda *_: None)  # compiles, which is of no use here
     model = slot_model(folder, 4, on_device=True)
     assert new_lookahead("next-gate", model, describe_architecture(folder)) is None, "it is for hosts"
     limits = EngineLimits(max_batch_size=1, prefill_chunk_tokens=4, max_queued_requests=1)

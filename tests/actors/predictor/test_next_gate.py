@@ -54,12 +54,22 @@ def test_a_router_guesses_what_it_chooses(family: str) -> None:
         model(input_ids=torch.tensor([[5, 9, 12]]))
     for layer, ids in enumerate(chosen[: len(routers.modules)]):
         hidden = routers.last_read(layer)
-        for token, expert_ids in enumerate(ids):
-            shares = routers.guess(layer, hidden[token : token + 1])
-            assert sorted(shares.nonzero()[0].tolist()) == sorted(expert_ids.tolist())
-            assert len(expert_ids) == TOP_K
-            assert np.isclose(shares.sum(), 1)
-        assert np.isclose(routers.guess(layer, hidden).sum(), 1)
+        shares = routers.guess(layer, hidden)
+        assert ids.shape == (len(hidden), TOP_K)
+        for expert_ids, of_token in zip(ids, shares, strict=True):
+            assert sorted(of_token.nonzero()[0].tolist()) == sorted(expert_ids.tolist())
+            assert np.isclose(of_token.sum(), 1)
+
+
+def test_to_guess_is_not_what_the_model_reads() -> None:
+    model = make_model("qwen3_moe")
+    routers = EarlyRouters(model, described(model))
+    routers.listen()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 9, 12]]))
+    read = routers.last_read(1)
+    routers.guess(1, routers.last_read(0))
+    assert routers.last_read(1) is read
 
 
 def predictor_of(model: PreTrainedModel) -> tuple[NextGatePredictor, EarlyRouters]:
@@ -77,10 +87,10 @@ def test_names_experts_of_the_next_layer_only() -> None:
     predictor.observe(0, [], hidden)
     named = predictor.predict(1)
     assert named.shape == (2, NUM_EXPERTS)
-    assert np.array_equal(named[0], routers.guess(1, hidden))
+    assert np.array_equal(named[0], routers.guess(1, hidden).mean(axis=0))
     assert not named[1].any()
     predictor.observe(1, [], hidden)
-    assert np.array_equal(predictor.predict(2)[0], routers.guess(2, hidden))
+    assert np.array_equal(predictor.predict(2)[0], routers.guess(2, hidden).mean(axis=0))
     predictor.observe(2, [], hidden)
     predictor.begin_pass(["a", "b"])
     assert not predictor.predict(0).any(), "the pass before says nothing"

@@ -1,5 +1,7 @@
 """Paging by the device alone, against the host's pager: the same page tables, and every pair computed with its expert."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,8 @@ from actors.executor.eviction import EVICTION_POLICIES
 from actors.executor.gpu.host_experts import HostExperts
 from actors.executor.gpu.pager import DevicePager, Wave
 from actors.executor.host_pager import HostPager
-from actors.executor.pager import ABSENT
+from actors.executor.pager import ABSENT, HASH_FUNCTION, NEXT_GATE, WARM_UP, PrefetchCounts
+from actors.executor.resident_set import load_pinned
 from actors.executor.slots import SlotPool
 from tests.actors.executor.test_pager import LAYOUT, NUM_EXPERTS, NUM_LAYERS, NumberedSource, numbered_slabs
 
@@ -21,10 +24,12 @@ def make_pools(num_slots: int, device: str) -> list[SlotPool]:
     return [SlotPool(LAYOUT, num_slots, torch.device(device)) for _ in range(NUM_LAYERS)]
 
 
-def make_device_pager(num_slots: int, eviction: str, device: str) -> DevicePager:
+def make_device_pager(
+    num_slots: int, eviction: str, device: str, pinned: Sequence[Sequence[int]] = ()
+) -> DevicePager:
     source, pools = NumberedSource(), make_pools(num_slots, device)
     experts = HostExperts(source, NUM_LAYERS, NUM_EXPERTS, torch.device(device))
-    return DevicePager(source, pools, NUM_EXPERTS, experts, eviction, poison_free_slots=True)
+    return DevicePager(source, pools, NUM_EXPERTS, experts, eviction, poison_free_slots=True, pinned=pinned)
 
 
 def numbers_in(pager: DevicePager, layer: int, wave: Wave) -> dict[int, float]:
@@ -262,7 +267,95 @@ def test_wrong_guesses_never_change_what_is_computed(device: str, seed: int, num
             ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:TOP_K] for _ in range(2)])
             scores = torch.rand(2, NUM_EXPERTS, generator=generator)
             waves = pager.waves(layer, ids.to(device), active, scores.to(device))
-            served = {}
+            served: dict[int, float] = {}
             for wave in waves:
                 served |= numbers_in(pager, layer, wave)
             assert served == {expert_id: 10 * layer + expert_id for expert_id in ids.unique().tolist()}
+
+
+PINNED = ([2, 5], [0])
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    num_slots=st.integers(4, NUM_EXPERTS - 1),
+    eviction=st.sampled_from(["lfu", "fifo"]),
+    is_loaded=st.booleans(),
+)
+@settings(deadline=None, max_examples=8)
+def test_pinned_experts_stay_in_every_wave_and_beside_every_prefetch(
+    device: str, seed: int, num_slots: int, eviction: str, is_loaded: bool
+) -> None:
+    pager = make_device_pager(num_slots, eviction, device, PINNED)
+    if is_loaded:
+        load_pinned(pager, PINNED)
+    generator = torch.Generator().manual_seed(seed)
+    active = torch.tensor([3], dtype=torch.int32, device=device)
+    for _ in range(2):
+        pager.begin_pass()
+        pager.prefetch_used(0, torch.randperm(NUM_EXPERTS, generator=generator)[:3].tolist())
+        for layer in range(NUM_LAYERS):
+            ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:TOP_K] for _ in range(3)])
+            scores = torch.rand(1, NUM_EXPERTS, generator=generator).to(device)
+            were_there = residents(pager.state.slot_of)[layer, PINNED[layer]]
+            served: dict[int, float] = {}
+            guesses = scores if pager.can_prefetch(1, TOP_K) else None
+            for wave in pager.waves(layer, ids.to(device), active, guesses):
+                served |= numbers_in(pager, layer, wave)
+            assert served == {expert_id: 10 * layer + expert_id for expert_id in ids.unique().tolist()}
+            are_there = residents(pager.state.slot_of)[layer, PINNED[layer]]
+            assert (are_there >= were_there).all()
+            assert are_there.all() or not is_loaded
+
+
+def test_pinned_experts_need_more_waves(device: str) -> None:
+    pager = make_device_pager(4, "lru", device, PINNED)
+    load_pinned(pager, PINNED)
+    waves = page(pager, 0, torch.tensor([[0, 1], [2, 3], [4, 0]]))
+    assert [sorted(wave) for wave in waves] == [[2], [0, 1], [3, 4]], "two slots beside those of 2 and 5"
+
+
+def test_copies_are_counted_by_who_asked_for_them(device: str) -> None:
+    pager = make_device_pager(5, "lru", device)
+    with pager.host_pass():
+        pager.prefetch(1, 0, keep=(), by=WARM_UP)
+        pager.prefetch(1, 1, keep=(), by=WARM_UP)
+    page(pager, 1, torch.tensor([[0, 2]]))
+    page_with_scores(pager, 0, torch.tensor([[2]]), torch.tensor([[0.0, 0.0, 0.0, 5.0, 0.0, 0.0]]))  # 3
+    pager.prefetch_used(1, [4])
+    page(pager, 1, torch.tensor([[3, 5], [4, 0]]))  # 1 leaves
+    pager.prefetch_used(1, [1])  # 2 leaves
+    with pager.host_pass(), pager.reading(1, [1, 2]):  # 3 leaves
+        pass
+    pager.refresh()
+    assert pager.prefetches() == {
+        HASH_FUNCTION: PrefetchCounts(copied=2, used=2),
+        NEXT_GATE: PrefetchCounts(copied=1, used=1),
+        WARM_UP: PrefetchCounts(copied=2, used=1, wasted=1),
+    }
+    counters = pager.counters(1)
+    assert (counters.prefetched, counters.prefetched_used, counters.prefetched_wasted) == (5, 4, 1)
+
+
+def test_a_copy_is_wasted_by_whatever_takes_its_slot(device: str) -> None:
+    pager = make_device_pager(5, "lru", device)
+    with pager.host_pass():
+        for expert_id in range(5):
+            pager.prefetch(1, expert_id, keep=(), by=WARM_UP)
+    pager.begin_pass()
+    pager.prefetch_used(1, [5])  # in the place of 0
+    page_with_scores(pager, 0, torch.tensor([[2]]), torch.tensor([[5.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))  # of 1
+    with pager.host_pass(), pager.reading(1, [1]):  # of 2
+        pass
+    page(pager, 1, torch.tensor([[2]]))  # of 3
+    page(pager, 1, torch.tensor([[3]]))  # of 4
+    page(pager, 1, torch.tensor([[4]]))  # of 5, which a table named
+    page(pager, 1, torch.tensor([[5]]))  # of 0, which the next gate named
+    pager.refresh()
+    assert pager.prefetches() == {
+        HASH_FUNCTION: PrefetchCounts(copied=1, wasted=1),
+        NEXT_GATE: PrefetchCounts(copied=1, wasted=1),
+        WARM_UP: PrefetchCounts(copied=5, wasted=5),
+    }
+    counters = pager.counters(1)
+    assert (counters.prefetched, counters.prefetched_used, counters.prefetched_wasted) == (7, 0, 7)

@@ -1,0 +1,1 @@
+"""Text and three classification tasks made of the Python sources of the machine: no network, seeded, split by file."""

@@ -1,0 +1,118 @@
+"""What `--size cpu` and `--size full` mean: one place for every number that differs between a laptop and a GPU."""
+
+from dataclasses import dataclass, replace
+
+from benchmarks.sida.data.build import DataSize
+from benchmarks.sida.data.tasks import TASKS
+from benchmarks.sida.hash_functions import NETWORKS, HashTraining
+from benchmarks.sida.models import BaseShape, TrainedShape
+from benchmarks.sida.optimize import Schedule
+
+
+@dataclass(frozen=True)
+class SpeedSize:
+    experts: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    shape: BaseShape
+    hash_function_hidden: int
+    slots: tuple[str, ...]  # per layer
+    sentences: int
+
+
+@dataclass(frozen=True)
+class Size:
+    experts: tuple[int, ...]  # of the models that are trained
+    data: DataSize
+    shape: TrainedShape
+    window_tokens: int  # of the text that pretraining corrupts
+    pretraining_batch: int  # windows
+    pretraining: Schedule
+    finetuning_batch_tokens: int
+    finetuning: Schedule  # of each task
+    evaluated_windows: int  # of corrupted test text
+    hash_training: HashTraining
+    speed: SpeedSize
+
+    @property
+    def training_minutes(self) -> float:
+        """Of all that is trained for one number of experts."""
+        num_hash_functions = (
+            len(NETWORKS) * (len(TASKS) + 1) + 1
+        )  # of tasks and the text's encoder, and its decoder
+        return (
+            self.pretraining.minutes
+            + len(TASKS) * self.finetuning.minutes
+            + num_hash_functions * self.hash_training.minutes
+        )
+
+    def within(self, minutes: float) -> "Size":
+        """With so many training minutes, shared alike."""
+        share = minutes / self.training_minutes
+        return replace(
+            self,
+            pretraining=self.pretraining.scaled(share),
+            finetuning=self.finetuning.scaled(share),
+            hash_training=replace(self.hash_training, minutes=share * self.hash_training.minutes),
+        )
+
+
+SIZES = {
+    "cpu": Size(
+        experts=(8, 32),
+        data=DataSize(
+            max_bytes=6_000_000, max_text_tokens=2_000_000, train_examples=4_000, other_examples=400
+        ),
+        shape=TrainedShape(d_model=96, d_ff=192, d_kv=24, num_heads=4, encoder_layers=4, decoder_layers=2),
+        window_tokens=96,
+        pretraining_batch=16,
+        pretraining=Schedule(minutes=0.8, learning_rate=3e-2, warmup_steps=20),
+        finetuning_batch_tokens=2048,
+        finetuning=Schedule(minutes=0.25, learning_rate=1e-2, warmup_steps=10),
+        evaluated_windows=128,
+        hash_training=HashTraining(
+            minutes=0.12,
+            warmup_steps=10,
+            evaluate_every=20,
+            batch_tokens=2048,
+            hidden_size=64,
+            held_out_batches=8,
+        ),
+        speed=SpeedSize(
+            experts=(8, 32),
+            dtypes=("float32",),
+            shape=BaseShape(vocab_size=6_208, d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=4),
+            hash_function_hidden=32,
+            slots=("18%", "55%"),
+            sentences=6,
+        ),
+    ),
+    "full": Size(
+        experts=(8, 64, 128),
+        data=DataSize(
+            max_bytes=90_000_000, max_text_tokens=14_000_000, train_examples=60_000, other_examples=2_000
+        ),
+        shape=TrainedShape(d_model=512, d_ff=1024, d_kv=64, num_heads=8, encoder_layers=6, decoder_layers=4),
+        window_tokens=256,
+        pretraining_batch=128,
+        pretraining=Schedule(minutes=2.5, learning_rate=2e-2, warmup_steps=100),
+        finetuning_batch_tokens=32_768,
+        finetuning=Schedule(minutes=0.6, learning_rate=5e-3, warmup_steps=50),
+        evaluated_windows=2048,
+        hash_training=HashTraining(
+            minutes=0.5,
+            warmup_steps=50,
+            evaluate_every=100,
+            batch_tokens=16_384,
+            hidden_size=256,
+            held_out_batches=8,
+        ),
+        speed=SpeedSize(
+            experts=(8, 64, 128, 256),
+            dtypes=("float32", "bfloat16"),
+            shape=BaseShape(),
+            hash_function_hidden=256,
+            slots=("6%", "12%", "18%", "36%", "55%"),
+            sentences=24,
+        ),
+    ),
+}
