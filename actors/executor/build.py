@@ -84,7 +84,7 @@ def build_engine(
     num_pinned = count_pinned(config, num_slots, architecture.num_experts, architecture.top_k)
     pinned = most_used(counts, num_pinned) if counts is not None and num_pinned else ()
     slot_model = attach_slots(model, layout, num_slots, partial(new_pager, config, source, device, pinned))
-    routing = _predicted_routing(config) if config.routing == "predicted" else None
+    routing = _predicted_routing(config, model) if config.routing == "predicted" else None
     runner = new_runner(slot_model, limits.max_batch_size, max_tokens)
     load_pinned(slot_model.pager, pinned)
     if peers:
@@ -216,7 +216,10 @@ def new_device_pager(
     return pager
 
 
-def _predicted_routing(config: ServingConfig) -> PredictedRouting:
+def _predicted_routing(config: ServingConfig, model: PreTrainedModel) -> PredictedRouting:
+    if getattr(model, "scores_scale_inputs", False):
+        needs_router = f"the routers of {config.served_name} also scale what goes into the experts; use exact"
+        raise ConfigError("routing", config.routing, needs_router)
     folder = find_hash_function(config.model, config.hash_function)
     if folder is None:
         raise ConfigError(

@@ -88,6 +88,7 @@ class OwnLlama4ForCausalLM(OwnExpertsModel, Llama4ForCausalLM):  # type: ignore[
     library_name = "Llama4ForCausalLM"
     library_block = Llama4TextMoe
     router_output = (Llama4Router, 1)
+    scores_scale_inputs = True
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config.get_text_config())

@@ -50,6 +50,8 @@ class OwnExpertsModel(PreTrainedModel):  # type: ignore[misc]  # untyped
     router_output: ClassVar[tuple[type[nn.Module], int]]
     # Experts per token of a router that knows no other number.
     fixed_top_k: ClassVar[int | None] = None
+    # Whether the router's scores scale what goes into the experts, of which no hash table tells.
+    scores_scale_inputs: ClassVar[bool] = False
     # Of a model with relative positions, which has no limit of its own: what its tokenizers and training are made for,
     # unless its config says `n_positions`.
     usual_context_tokens: ClassVar[int | None] = None

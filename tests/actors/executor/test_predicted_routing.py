@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors.executor.build import build_engine
+from actors.executor.expert_source import CheckpointExpertSource
 from actors.executor.passes import Pass, to_routing
 from actors.executor.predicted_routing import PredictedRouting
 from actors.executor.runner import ModelRunner, RowInput
 from actors.predictor.network import HashFunction
 from actors.predictor.predictor import HashFunctionPredictor
+from common.checkpoint import Checkpoint
+from common.config import ServingConfig
+from common.errors import ConfigError
 from tests.actors.executor.harness import PROMPTS, library_greedy, library_model, slot_model, start_engine
 from tests.actors.predictor.conftest import make_function
 from tests.tiny_models import NUM_EXPERTS, make_checkpoint
@@ -72,3 +77,11 @@ def test_routing_takes_device_and_dtype_of_the_routers_weights(function: HashFun
     )
     assert (ids.dtype, weights.dtype) == (torch.int64, torch.bfloat16)
     assert ids.shape == (3, 2)
+
+
+def test_a_family_whose_tables_would_not_say_everything_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama4_text", tmp_path)
+    args = {"model": str(folder), "device": "cpu", "routing": "predicted"}
+    source = CheckpointExpertSource(Checkpoint.open(folder))
+    with pytest.raises(ConfigError, match="also scale what goes into the experts; use exact"):
+        build_engine(ServingConfig.from_args(args, environ={}), source)
