@@ -35,7 +35,8 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axis.set_title(predictor if not ahead else f"{predictor}, {ahead} ahead per layer")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylim(bottom=0)
-    figure.supxlabel("slots per layer")
+    for axis in axes[-1]:
+        axis.set_xlabel("slots per layer")
     figure.supylabel("needed experts that miss, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")

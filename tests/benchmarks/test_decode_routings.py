@@ -138,22 +138,19 @@ def one_thread() -> Iterator[None]:
 def test_every_number_of_slots_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "results.json", tmp_path / "results.png"
     sizes = "--device cpu --tiny --layers 2 --prompt-tokens 2 --prefill-tokens 6 --prefill-runs 1"
-    effort = "--warmup 2 --steps 1 --runs 1 --slots 12.5% 50% 100% --batch 1 --routing natural zipf1.0"
-    ahead = "--prefetch on off --foresight 0.7"
+    effort = "--warmup 2 --steps 1 --runs 1 --slots 12.5% 50% 100% --batch 1 --routing zipf1.0"
+    ahead = "--prefetch on --foresight 0.7"
     command = f"{sizes} {effort} {ahead} --out {out} --plot {picture}"
     decode.main(command.split())
     record = json.loads(out.read_text())
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["exact"] and summary["exact"] and picture.stat().st_size > 0
     rows = [row for row in record["results"] if row["what"] == "decode"]
-    assert [(row["slots"], row["routing"], row["prefetch"]) for row in rows] == [
-        ("100%", "natural", "off"),
-        ("100%", "zipf1.0", "off"),
-        *(("50%", routing, ahead) for routing in ("natural", "zipf1.0") for ahead in ("on", "off")),
-    ]
+    cases = [(row["slots"], row["routing"], row["prefetch"]) for row in rows]
+    assert cases == [("100%", "zipf1.0", "off"), ("50%", "zipf1.0", "on")]
     assert all((row["fetched_per_step"] > 0) == (row["slots"] == "50%") and row["ratio"] > 0 for row in rows)
     assert all((row["prefetched_per_step"] > 0) == (row["prefetch"] == "on") for row in rows)
-    assert all(row["finite"] and row["compared_steps"] >= 4 for row in rows[2:])
+    assert all(row["finite"] and row["compared_steps"] >= 4 for row in rows[1:])
     [_, prefill] = [row for row in record["results"] if row["what"] == "prefill"]
     assert prefill["identical"] and prefill["fetched_per_step"] > 0
     assert "12.5%" in [row["slots"] for row in record["results"] if row["what"] == "skipped"]

@@ -99,7 +99,6 @@ def test_a_device_pages_by_itself_and_no_slot_count_changes_a_bit(
 ) -> None:
     pytest.importorskip("triton")
     texts = [
-        TEXTS[1],
         TEXTS[3],
         [7 + token for token in range(17)],
     ]  # the last is longer than captured passes

@@ -60,11 +60,11 @@ def test_logits_are_the_librarys_and_do_not_depend_on_company_or_chunks(device: 
 def test_the_number_of_slots_changes_no_bit(device: str, tmp_path: Path) -> None:
     folder = make_checkpoint("qwen3_moe", tmp_path, num_layers=LAYERS)
     logits = []
-    for num_slots in (NUM_EXPERTS, 2, 5):
-        prompts = Prompts(folder, num_slots, device, prefetch=num_slots != 2)
-        logits.append(prompts.read((1, 0, LONG[:9]), (2, 0, SHORT)).logits)
+    for num_slots in (NUM_EXPERTS, 3):
+        prompts = Prompts(folder, num_slots, device)
+        logits.append(prompts.read((1, 0, LONG[:7]), (2, 0, SHORT[:3])).logits)
         prompts.model.pager.close()
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[0], logits[1])
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "olmoe"])
