@@ -41,12 +41,20 @@ from common.config import REFERENCE_MODEL
 from models.reference.corpus import encode, read_corpus
 
 BUNDLED = "beside the model"
+TEXTS = ("text", "traces", "validation", "held_out")  # arguments that say where something lies
 # What is trained: the paper's network by its own recipe, or by ours as the others are. `filters` is as many bytes as the
-# paper's network, `wide` takes about as long for a prompt.
+# paper's network, `wide` takes about as long for a prompt. `distilled`: from logits, as the paper has it.
 NETWORKS: dict[str, dict[str, Any]] = {
     "paper_recipe": {"network": "paper", "recipe": "paper"},
     "paper": {"network": "paper", "recipe": "fast"},
     "filters": {"network": "filters", "recipe": "fast", "compressed_size": 192, "hidden_size": 192},
+    "filters_distilled": {
+        "network": "filters",
+        "recipe": "fast",
+        "objective": "distillation",
+        "compressed_size": 192,
+        "hidden_size": 192,
+    },
     "wide": {"network": "filters", "recipe": "fast", "hidden_size": 256, "blocks": 3},
 }
 
@@ -65,7 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--held-out", default=str(REFERENCE_MODEL / "heldout.txt"), help="text to score on")
     parser.add_argument("--held-out-tokens", type=int, default=32_768)
-    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), default=["paper", "filters"])
+    parser.add_argument(
+        "--networks", nargs="*", choices=list(NETWORKS), default=["paper", "filters", "filters_distilled"]
+    )
     parser.add_argument("--minutes", type=float, default=4.0, help="of training, for each network")
     parser.add_argument("--steps", type=int, default=10**6, help="at most")
     parser.add_argument("--batch-size", type=int, default=8, help="windows per step of training")
@@ -254,12 +264,8 @@ def main() -> None:
     title = (
         f"{architecture.num_layers} layers of {architecture.num_experts} experts, top {architecture.top_k}"
     )
-    record = {
-        "benchmark": "prediction",
-        "model": title,
-        "rows": rows,
-        "conditions": conditions(**vars(arguments)),
-    }
+    settings = {**vars(arguments), **{name: Path(vars(arguments)[name] or "") for name in TEXTS}}
+    record = {"benchmark": "prediction", "model": title, "rows": rows, "conditions": conditions(**settings)}
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:

@@ -18,7 +18,7 @@ from actors.predictor.traces import TraceBatch
 MAX_TOKENS = 8192  # to fit on
 FIT_STEPS = 100
 LEARNING_RATE = 0.05
-TEMPERATURES = [0.02 * 1.15**number for number in range(48)]  # up to 14
+TEMPERATURES = [0.002 * 1.2**number for number in range(49)]  # up to 13
 NUM_BINS = 20  # of predicted probabilities, equally wide
 
 

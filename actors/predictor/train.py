@@ -57,7 +57,8 @@ class TrainArguments(Arguments):
         "fast", description="paper: as published, for long training; or fast"
     )
     objective: Objective | None = Field(
-        None, description="distillation of router logits (recipe=paper), or likelihood of the choices (fast)"
+        None,
+        description="distillation of router logits (recipe=paper), or likelihood of the weighted choices (fast)",
     )
     learning_rate: float | None = Field(None, gt=0, description="instead of the recipe's")
     batch_size: int = Field(64, ge=1, description="windows per step")

@@ -16,7 +16,7 @@ from actors.predictor.network import HashFunction
 from actors.predictor.traces import TraceBatch, TraceSource
 
 MAX_GRADIENT_NORM = 1.0
-# What is tried: the paper's distillation of the router's logits, or the likelihood of its choices.
+# What is tried: the paper's distillation of the router's logits, or the likelihood of its weighted choices.
 Objective = Literal["distillation", "choices"]
 
 
@@ -87,16 +87,17 @@ def distillation_loss(logits: Tensor, batch: TraceBatch, ce_weight: float) -> Te
 
 
 def choices_loss(logits: Tensor, batch: TraceBatch) -> Tensor:
-    """Cross entropy with an even distribution over the experts that the router chose, not in the paper.
+    """Cross entropy with the scaling factors that the router gave the experts it chose, over their sum. Not in the paper.
 
-    Needs no logits, so it serves every router. And it is the same for routers that hardly prefer the experts that they
-    choose, from whose nearly even probabilities distillation learns slowly.
+    Needs no logits, so it serves every router. And the chosen experts have all the probability of the target, also of
+    routers that hardly prefer them: from the nearly even probabilities of those, distillation learns slowly.
 
     Args:
         logits: [windows, tokens, layers, experts].
     """
+    weights = batch.weights[batch.mask]  # [tokens, layers, top_k]
     chosen = logits[batch.mask].log_softmax(-1).gather(-1, batch.expert_ids[batch.mask])
-    return -chosen.mean()
+    return -(weights / weights.sum(-1, keepdim=True) * chosen).sum(-1).mean()
 
 
 @torch.no_grad()

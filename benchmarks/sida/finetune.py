@@ -1,4 +1,6 @@
-"""Fine-tunes the encoder of a pretrained Switch Transformer as a classifier of one task."""
+"""Fine-tunes the encoder of a pretrained Switch Transformer as a classifier of one task. Routers stay as they are: in minutes
+they would learn noise.
+"""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -11,13 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from actors.predictor.library_routing import recorded_router_logits
+from actors.predictor.library_routing import find_routers, recorded_router_logits
 from benchmarks.sida.batches import Batch, batches
 from benchmarks.sida.data.build import TaskPart, read_task
 from benchmarks.sida.data.tasks import TaskName
 from benchmarks.sida.data.tokens import Vocabulary
+from benchmarks.sida.fused_norms import fuse_norms
 from benchmarks.sida.optimize import optimize
-from benchmarks.sida.router_losses import SkewCounter, router_losses
+from benchmarks.sida.router_losses import SkewCounter
 from benchmarks.sida.sizes import Size
 from common.own_experts.switch_transformers import SwitchTransformersForSequenceClassification
 
@@ -42,18 +45,18 @@ def finetune(
     model = SwitchTransformersForSequenceClassification.from_pretrained(
         pretrained, dtype=dtype, num_labels=2, dropout_rate=_DROPOUT
     ).to(device)
+    fuse_norms(model)
+    for router in find_routers(model)[0]:
+        router.requires_grad_(False)
     drawn = _endless(parts["train"], size.finetuning_batch_tokens, device, seed)
     best = _Best(model, parts["validation"].first(_CHECKED), size.finetuning_batch_tokens)
 
     def step_loss() -> Tensor:
         batch = next(drawn)
-        with recorded_router_logits(model) as logits:
-            output = model(input_ids=batch.ids, attention_mask=batch.mask.long())
-        return functional.cross_entropy(output.logits.float(), batch.labels) + router_losses(
-            logits, batch.mask.flatten()
-        )
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        return functional.cross_entropy(logits.float(), batch.labels)
 
-    curve = optimize(model, size.finetuning, step_loss, best.check)
+    curve = optimize(model, size.finetuning[task], step_loss, best.check)
     best.restore()
     record = {
         "task": task,

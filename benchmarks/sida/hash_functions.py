@@ -1,4 +1,6 @@
-"""Trains hash functions for the models of the work folder: the paper's network and ours, on a task or on corrupted text."""
+"""Trains hash functions for the models of the work folder, on a task or on corrupted text: the paper's network with its loss, and
+ours with the likelihood of the routers' choices.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from actors.predictor.calibration import calibrate
-from actors.predictor.hash_function import find_embedding_key, read_embedding
+from actors.predictor.hash_function import WEIGHTS_FILE, find_embedding_key, read_embedding
 from actors.predictor.network import HashFunction, HashFunctionSpec
 from actors.predictor.traces import Stack, TraceBatch, TraceHeader
 from actors.predictor.tracing import SAMPLE_WINDOWS, RoutingTracer, decoder_inputs
@@ -31,14 +34,15 @@ class Network:
 
 NETWORKS = {
     "paper": Network({"network": "paper"}, "distillation", 1e-2),
-    "ours": Network({"network": "filters"}, "distillation", 4e-3),
+    "ours": Network({"network": "filters"}, "choices", 4e-3),
 }
 _NEVER = 10**9
 
 
 @dataclass(frozen=True)
 class HashTraining:
-    minutes: float  # of each function
+    minutes: float  # of each function of text
+    task_minutes: float  # of each function of a task, which begins as that of the text
     warmup_steps: int
     evaluate_every: int  # steps
     batch_tokens: int
@@ -46,14 +50,17 @@ class HashTraining:
     held_out_batches: int
     steps: int = _NEVER
 
-    def options(self, network: Network, seed: int) -> TrainingOptions:
+    def scaled(self, share: float) -> "HashTraining":
+        return replace(self, minutes=share * self.minutes, task_minutes=share * self.task_minutes)
+
+    def options(self, network: Network, minutes: float, seed: int) -> TrainingOptions:
         return TrainingOptions(
             objective=network.objective,
             learning_rate=network.learning_rate,
             warmup_steps=self.warmup_steps,
             cosine=True,
             steps=self.steps,
-            minutes=self.minutes,
+            minutes=minutes,
             evaluate_every=self.evaluate_every,
             patience=_NEVER,
             seed=seed,
@@ -147,11 +154,13 @@ def train_hash_function(
     training: HashTraining,
     seed: int,
     device: torch.device,
+    start: Path | None = None,
 ) -> HashFunction:
     """
     Args:
         folder: of the traced model.
         network: in NETWORKS.
+        start: a hash function of the same network to begin with; for a model that was trained from that one's.
     """
     torch.manual_seed(seed)
     source, key = _Source(traced), find_embedding_key(folder)
@@ -170,9 +179,14 @@ def train_hash_function(
         bidirectional=header.stack == "encoder",
     )
     function = HashFunction(replace(spec, **NETWORKS[network].changes), embedding).to(device)
-    function.prepare_training()
+    if start is None:
+        function.prepare_training()
+    else:
+        weights = load_file(start / WEIGHTS_FILE)
+        function.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    minutes = training.minutes if start is None else training.task_minutes
     print(f"{network} network, {header.stack}:", flush=True)
-    Trainer(function, source, held_out, training.options(NETWORKS[network], seed), _report).run()
+    Trainer(function, source, held_out, training.options(NETWORKS[network], minutes, seed), _report).run()
     function.eval().requires_grad_(False)
     calibrate(function, held_out, by_expert=False)
     return function

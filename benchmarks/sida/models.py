@@ -7,10 +7,9 @@ from transformers import SwitchTransformersConfig
 
 from benchmarks.sida.data.tokens import Vocabulary
 
-AUX_LOSS, Z_LOSS = (
-    0.01,
-    0.001,
-)  # Switch Transformers, arXiv 2101.03961, section 2.2; ST-MoE, arXiv 2202.08906, section 3
+AUX_LOSS, Z_LOSS = 0.01, 0.001  # arXiv 2101.03961, section 2.2; ST-MoE, arXiv 2202.08906, section 3
+# Of routers' initial weights, as Switch Transformers have it (section 2.4); else they collapse before they have learned.
+ROUTER_SCALE = 0.1
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Forwards whose experts a hash function chooses, and what they are worth beside the routers' own."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from actors.predictor.library_routing import intercepted_routing
 from actors.predictor.network import HashFunction
 from actors.predictor.traces import TraceBatch
 from actors.predictor.tracing import decoder_inputs
-from benchmarks.sida.batches import batches
+from actors.predictor.training import recall_per_layer
+from benchmarks.sida.batches import Batch, batches
 from benchmarks.sida.corruption import Corrupted
 from benchmarks.sida.data.build import TaskPart
 from benchmarks.sida.hash_functions import naming
+
+NAMED = (1, 3)  # experts per token
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,34 @@ def answers(
     model: PreTrainedModel,
     part: TaskPart,
     batch_tokens: int,
-    function: HashFunction | None = None,
-    num_named: int = 1,
+    routing: Callable[[Batch], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Answers:
-    """By the routers, or by what a hash function names of each token, weights included (SiDA-MoE, algorithm 1)."""
+    """Args: routing: a context for the forward over a batch."""
     logits, labels = [], []
     for batch in batches(part, batch_tokens, model.device):
-        if function is None:
+        with routing(batch):
             output = model(input_ids=batch.ids, attention_mask=batch.mask.long())
-        else:
-            with routed([_table(function, batch.ids, batch.mask, num_named)], model):
-                output = model(input_ids=batch.ids, attention_mask=batch.mask.long())
         logits.append(output.logits.float().cpu())
         labels.append(batch.labels.cpu())
     return Answers(torch.cat(logits), torch.cat(labels))
+
+
+def routed_batch(
+    model: PreTrainedModel, batch: Batch, function: HashFunction, num_named: int
+) -> AbstractContextManager[None]:
+    """By what a hash function names of each token, weights included (SiDA-MoE, algorithm 1)."""
+    return routed([_table(function, batch.ids, batch.mask, num_named)], model)
+
+
+def routed_at_random(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Any expert for each token, the same ones each time, with the weight that the router gives its own choice."""
+
+    def intercept(layer: int, ids: Tensor, weights: Tensor) -> _Table:
+        generator = torch.Generator(ids.device).manual_seed(layer)
+        num_experts = model.config.num_experts
+        return torch.randint(num_experts, ids.shape, generator=generator, device=ids.device), weights
+
+    return intercepted_routing(model, intercept)
 
 
 def routed_text(
@@ -115,3 +133,10 @@ def _chosen(batch: TraceBatch) -> tuple[Tensor, Tensor]:
     mask = batch.mask.cpu()
     chosen = batch.expert_ids.cpu()[mask][..., 0].T
     return batch.token_ids.cpu()[mask].expand(len(chosen), -1), chosen
+
+
+def hit_rates(function: HashFunction, test: Sequence[TraceBatch]) -> dict[str, Any]:
+    """`top_1` and `top_3`, means over layers, and the latter by layer."""
+    by_layer = {count: recall_per_layer(function, test, num_named=count) for count in NAMED}
+    means = {f"top_{count}": round(sum(rates) / len(rates), 4) for count, rates in by_layer.items()}
+    return {**means, "top_3_by_layer": [round(rate, 4) for rate in by_layer[3]]}

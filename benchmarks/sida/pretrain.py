@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from actors.predictor.library_routing import recorded_router_logits
+from actors.predictor.library_routing import find_routers, recorded_router_logits
 from benchmarks.sida.corruption import Corrupted, SpanCorruption
 from benchmarks.sida.data.build import read_text
 from benchmarks.sida.data.sources import Part
 from benchmarks.sida.data.tokens import Vocabulary
-from benchmarks.sida.models import trained_config
+from benchmarks.sida.fused_norms import fuse_norms
+from benchmarks.sida.models import ROUTER_SCALE, trained_config
 from benchmarks.sida.optimize import optimize
 from benchmarks.sida.router_losses import SkewCounter, router_losses
 from benchmarks.sida.sizes import Size
@@ -58,7 +59,11 @@ def pretrain(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = trained_config(size.shape, num_experts, vocabulary)
     with device:  # where a billion random numbers take no time
-        model = OwnSwitchTransformersForConditionalGeneration(config).to(dtype)
+        model = OwnSwitchTransformersForConditionalGeneration(config)
+    for router in find_routers(model)[0]:
+        router.get_parameter("classifier.weight").data *= ROUTER_SCALE
+    model.to(dtype)
+    fuse_norms(model)
     corruption = windows.corruption("train")
     generator = torch.Generator(device).manual_seed(seed)
     checked = windows.evaluated("validation", _CHECKED_WINDOWS)

@@ -42,6 +42,7 @@ def _task_cells(row: Row) -> Row:
         "fidelity, ours": _pair(row["ours"]),
         "published ": "–" if published is None else f"{_percent(published)} ({EXPERTS_NAMED[task]})",
         "agreement, ours": _percent(row["ours"]["agreement_1"]),
+        "agreement, random experts": _percent(row["random"]["agreement_1"]),
     }
 
 
@@ -53,6 +54,7 @@ def _text_cells(row: Row) -> Row:
         "encoder, paper's network": _ratio(row["encoder_paper"]),
         "encoder, ours": _ratio(row["encoder_ours"]),
         "both stacks, ours": _ratio(row[DECODER]),
+        "random experts": _ratio(row["random"]),
         "published": "–"
         if published is None
         else f"{published[0]} → {published[1]} ({published[1] / published[0]:.2f}×)",

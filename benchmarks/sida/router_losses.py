@@ -9,23 +9,22 @@ from torch import Tensor
 from benchmarks.sida.models import AUX_LOSS, Z_LOSS
 
 
-def router_losses(logits: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Load balancing (arXiv 2101.03961, equation 4) and z-loss (arXiv 2202.08906, equation 5), means over layers.
+def router_losses(logits: Sequence[Tensor]) -> Tensor:
+    """Load balancing (arXiv 2101.03961, equation 4) and z-loss (arXiv 2202.08906, equation 5), summed over layers.
 
     Queues work alone: nothing waits for the device.
 
     Args:
-        logits: [tokens, experts] of each layer.
-        mask: [tokens] bool, False for padding; None: nothing is padded.
+        logits: [tokens, experts] of each layer, no token of which is padding.
     """
     losses = []
     for of_layer in logits:
-        inside = of_layer.new_ones(len(of_layer)) if mask is None else mask.to(of_layer.dtype)
-        shares = inside / inside.sum()  # [tokens]
-        chosen = shares.new_zeros(of_layer.shape[-1]).index_add(0, of_layer.argmax(-1), shares)
-        balance = of_layer.shape[-1] * (chosen * (shares @ of_layer.softmax(-1))).sum()
-        losses.append(AUX_LOSS * balance + Z_LOSS * shares @ of_layer.logsumexp(-1).square())
-    return torch.stack(losses).mean()
+        num_tokens, num_experts = of_layer.shape
+        shares = of_layer.new_full((num_tokens,), 1 / num_tokens)
+        chosen = of_layer.new_zeros(num_experts).index_add(0, of_layer.argmax(-1), shares)
+        balance = num_experts * (chosen * of_layer.softmax(-1).mean(0)).sum()
+        losses.append(AUX_LOSS * balance + Z_LOSS * of_layer.logsumexp(-1).square().mean())
+    return torch.stack(losses).sum()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What `--size cpu` and `--size full` mean: one place for every number that differs between a laptop and a GPU."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from benchmarks.sida.data.build import DataSize
-from benchmarks.sida.data.tasks import TASKS
+from benchmarks.sida.data.tasks import TASKS, TaskName
 from benchmarks.sida.hash_functions import NETWORKS, HashTraining
 from benchmarks.sida.models import BaseShape, TrainedShape
 from benchmarks.sida.optimize import Schedule
@@ -16,7 +17,7 @@ class SpeedSize:
     shape: BaseShape
     hash_function_hidden: int
     slots: tuple[str, ...]  # per layer
-    sentences: int
+    sentences: int  # of a run
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Size:
     pretraining_batch: int  # windows
     pretraining: Schedule
     finetuning_batch_tokens: int
-    finetuning: Schedule  # of each task
+    finetuning: Mapping[TaskName, Schedule]
     evaluated_windows: int  # of corrupted test text
     hash_training: HashTraining
     speed: SpeedSize
@@ -36,13 +37,15 @@ class Size:
     @property
     def training_minutes(self) -> float:
         """Of all that is trained for one number of experts."""
-        num_hash_functions = (
-            len(NETWORKS) * (len(TASKS) + 1) + 1
-        )  # of tasks and the text's encoder, and its decoder
+        of_text, of_tasks = (
+            len(NETWORKS) + 1,
+            len(NETWORKS) * len(TASKS),
+        )  # hash functions; the decoder has one
         return (
             self.pretraining.minutes
-            + len(TASKS) * self.finetuning.minutes
-            + num_hash_functions * self.hash_training.minutes
+            + sum(schedule.minutes for schedule in self.finetuning.values())
+            + of_text * self.hash_training.minutes
+            + of_tasks * self.hash_training.task_minutes
         )
 
     def within(self, minutes: float) -> "Size":
@@ -51,8 +54,8 @@ class Size:
         return replace(
             self,
             pretraining=self.pretraining.scaled(share),
-            finetuning=self.finetuning.scaled(share),
-            hash_training=replace(self.hash_training, minutes=share * self.hash_training.minutes),
+            finetuning={task: schedule.scaled(share) for task, schedule in self.finetuning.items()},
+            hash_training=self.hash_training.scaled(share),
         )
 
 
@@ -60,17 +63,22 @@ SIZES = {
     "cpu": Size(
         experts=(8, 32),
         data=DataSize(
-            max_bytes=6_000_000, max_text_tokens=2_000_000, train_examples=4_000, other_examples=400
+            max_bytes=12_000_000, max_text_tokens=4_000_000, train_examples=4_000, other_examples=400
         ),
         shape=TrainedShape(d_model=96, d_ff=192, d_kv=24, num_heads=4, encoder_layers=4, decoder_layers=2),
         window_tokens=96,
         pretraining_batch=16,
         pretraining=Schedule(minutes=0.8, learning_rate=3e-2, warmup_steps=20),
         finetuning_batch_tokens=2048,
-        finetuning=Schedule(minutes=0.25, learning_rate=1e-2, warmup_steps=10),
+        finetuning={
+            "short": Schedule(minutes=0.3, learning_rate=1e-2, warmup_steps=10),
+            "pair": Schedule(minutes=0.5, learning_rate=1e-2, warmup_steps=10),
+            "long": Schedule(minutes=0.7, learning_rate=1e-2, warmup_steps=10),
+        },
         evaluated_windows=128,
         hash_training=HashTraining(
-            minutes=0.12,
+            minutes=0.2,
+            task_minutes=0.12,
             warmup_steps=10,
             evaluate_every=20,
             batch_tokens=2048,
@@ -89,30 +97,35 @@ SIZES = {
     "full": Size(
         experts=(8, 64, 128),
         data=DataSize(
-            max_bytes=90_000_000, max_text_tokens=14_000_000, train_examples=60_000, other_examples=2_000
+            max_bytes=120_000_000, max_text_tokens=18_000_000, train_examples=60_000, other_examples=2_000
         ),
-        shape=TrainedShape(d_model=512, d_ff=1024, d_kv=64, num_heads=8, encoder_layers=6, decoder_layers=4),
+        shape=TrainedShape(d_model=384, d_ff=768, d_kv=64, num_heads=6, encoder_layers=6, decoder_layers=4),
         window_tokens=256,
         pretraining_batch=128,
-        pretraining=Schedule(minutes=2.5, learning_rate=2e-2, warmup_steps=100),
-        finetuning_batch_tokens=32_768,
-        finetuning=Schedule(minutes=0.6, learning_rate=5e-3, warmup_steps=50),
+        pretraining=Schedule(minutes=1.5, learning_rate=2e-2, warmup_steps=100),
+        finetuning_batch_tokens=16_384,
+        finetuning={
+            "short": Schedule(minutes=0.35, learning_rate=5e-3, warmup_steps=30),
+            "pair": Schedule(minutes=0.35, learning_rate=5e-3, warmup_steps=30),
+            "long": Schedule(minutes=0.8, learning_rate=5e-3, warmup_steps=30),
+        },
         evaluated_windows=2048,
         hash_training=HashTraining(
-            minutes=0.5,
-            warmup_steps=50,
+            minutes=0.4,
+            task_minutes=0.25,
+            warmup_steps=30,
             evaluate_every=100,
             batch_tokens=16_384,
             hidden_size=256,
             held_out_batches=8,
         ),
         speed=SpeedSize(
-            experts=(8, 64, 128, 256),
+            experts=(256, 128, 64, 8),  # what matters most comes first
             dtypes=("float32", "bfloat16"),
             shape=BaseShape(),
             hash_function_hidden=256,
-            slots=("6%", "12%", "18%", "36%", "55%"),
-            sentences=24,
+            slots=("12%", "18%", "36%", "55%"),
+            sentences=12,
         ),
     ),
 }

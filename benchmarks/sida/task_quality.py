@@ -1,6 +1,8 @@
 """Hit rates and fidelity of hash functions for one classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,28 @@ from actors.predictor.library_routing import load_resident_model
 from actors.predictor.network import HashFunction
 from actors.predictor.traces import TraceBatch
 from actors.predictor.tracing import RoutingTracer
-from actors.predictor.training import recall_per_layer
+from benchmarks.sida.batches import Batch
 from benchmarks.sida.data.build import TaskPart, read_task
 from benchmarks.sida.data.sources import PARTS, Part
 from benchmarks.sida.data.tasks import MIRRORED, TaskName
 from benchmarks.sida.data.tokens import NO_TOKEN
 from benchmarks.sida.exactness import compare_slots
 from benchmarks.sida.hash_functions import NETWORKS, TracedTask, naming, train_hash_function
-from benchmarks.sida.predicted import Answers, answers, token_hit_rate
+from benchmarks.sida.predicted import (
+    NAMED,
+    Answers,
+    answers,
+    hit_rates,
+    routed_at_random,
+    routed_batch,
+    token_hit_rate,
+)
 from benchmarks.sida.speed.sentences import write_recording
+from benchmarks.sida.text_quality import measure_text
 from benchmarks.sida.workshop import Workshop, routing_folder
 
 Row = dict[str, Any]
 
-NAMED = (1, 3)  # experts per token
 ROUTING_FILE = "routing.npz"
 _COMPARED, _RECORDED = 16, 400  # sentences
 
@@ -60,6 +70,7 @@ class _TaskQuality:
         self._tracer = RoutingTracer(self._model, self._made.folder, stack="encoder")
         self._parts = {part: read_task(workshop.data, task, part) for part in PARTS}
         self._training = workshop.size.hash_training
+        measure_text(workshop, num_experts)  # whose hash functions are begun with
 
     def measure(self, folder: Path) -> Row:
         """Args: folder: for what is made."""
@@ -77,10 +88,14 @@ class _TaskQuality:
             "skew": self._made.record["skew"],
             "token_id": self._token_hit_rates(test),
         }
+        row["random"] = self._fidelity(exact, lambda _: routed_at_random(self._model), 1)
         for network in NETWORKS:
             function = self._train(network, held_out)
             save_hash_function(naming(function, 1), folder / network)
-            row[network] = {**hit_rates(function, test), **self._fidelity(function, exact)}
+            row[network] = hit_rates(function, test)
+            for count in NAMED:
+                routing = partial(routed_batch, self._model, function=function, num_named=count)
+                row[network] |= self._fidelity(exact, routing, count)
         write_recording(folder / ROUTING_FILE, self._num_experts, *self._recording())
         return {**row, "training": self._made.record}
 
@@ -97,18 +112,19 @@ class _TaskQuality:
             self._training,
             self._workshop.seed,
             self._workshop.device,
+            start=routing_folder(self._workshop.root, self._num_experts, "text") / f"encoder_{network}",
         )
 
-    def _fidelity(self, function: HashFunction, exact: Answers) -> Row:
-        row: Row = {}
-        for count in NAMED:
-            predicted = answers(
-                self._model, self._parts["test"], self._training.batch_tokens, function, count
-            )
-            row[f"accuracy_{count}"] = round(predicted.accuracy, 4)
-            row[f"fidelity_{count}"] = round(predicted.accuracy / exact.accuracy, 4)
-            row[f"agreement_{count}"] = round(predicted.agreement(exact), 4)
-        return row
+    def _fidelity(
+        self, exact: Answers, routing: Callable[[Batch], AbstractContextManager[None]], count: int
+    ) -> Row:
+        """Args: count: of experts per token, in the names of the figures."""
+        answered = answers(self._model, self._parts["test"], self._training.batch_tokens, routing)
+        return {
+            f"accuracy_{count}": round(answered.accuracy, 4),
+            f"fidelity_{count}": round(answered.accuracy / exact.accuracy, 4),
+            f"agreement_{count}": round(answered.agreement(exact), 4),
+        }
 
     def _token_hit_rates(self, test: Sequence[TraceBatch]) -> Row:
         train = self._traces("train", self._training.held_out_batches)
@@ -128,10 +144,3 @@ class _TaskQuality:
             for rows in zip(ids.split(_COMPARED), mask.split(_COMPARED), strict=True)
         ]
         return few.ids, torch.cat(traced).permute(2, 0, 1).numpy()
-
-
-def hit_rates(function: HashFunction, test: Sequence[TraceBatch]) -> Row:
-    """`top_1` and `top_3`, means over layers, and the latter by layer."""
-    by_layer = {count: recall_per_layer(function, test, num_named=count) for count in NAMED}
-    means = {f"top_{count}": round(sum(rates) / len(rates), 4) for count, rates in by_layer.items()}
-    return {**means, "top_3_by_layer": [round(rate, 4) for rate in by_layer[3]]}

@@ -13,9 +13,8 @@ from actors.predictor.network import HashFunction
 from actors.predictor.traces import Stack, TraceBatch, TraceWriter
 from benchmarks.sida.corruption import Corrupted
 from benchmarks.sida.hash_functions import NETWORKS, TracedText, naming, train_hash_function
-from benchmarks.sida.predicted import routed_text
+from benchmarks.sida.predicted import NAMED, hit_rates, routed_at_random, routed_text
 from benchmarks.sida.pretrain import perplexity
-from benchmarks.sida.task_quality import NAMED, hit_rates
 from benchmarks.sida.workshop import Workshop, routing_folder
 
 Row = dict[str, Any]
@@ -42,6 +41,7 @@ class _TextQuality:
         training = self._made.record
         exact = perplexity(self._model, self._test)
         row: Row = {"experts": training["experts"], "perplexity": round(exact, 4), "skew": training["skew"]}
+        row["random"] = self._perplexity(exact, lambda _: routed_at_random(self._model), 1)
         functions: dict[str, HashFunction] = {}
         stacks: tuple[tuple[Stack, str], ...] = (
             *(("encoder", network) for network in NETWORKS),
@@ -54,7 +54,15 @@ class _TextQuality:
         for name, function in functions.items():
             is_decoder = name == DECODER
             encoder = functions["encoder_ours"] if is_decoder else function
-            row[name] |= self._perplexities(exact, encoder, function if is_decoder else None)
+            for count in NAMED:
+                routing = partial(
+                    routed_text,
+                    self._model,
+                    encoder=encoder,
+                    decoder=function if is_decoder else None,
+                    num_named=count,
+                )
+                row[name] |= self._perplexity(exact, routing, count)
         for stack in ("encoder", "decoder"):
             self._save_traces(stack, folder / f"{stack}_traces")
         return {**row, "training": training}
@@ -78,15 +86,12 @@ class _TextQuality:
         corruption, count = self._workshop.text.corruption("train"), self._size.pretraining_batch
         return TracedText(self._model, self._made.folder, stack, corruption, fixed, count)
 
-    def _perplexities(self, exact: float, encoder: HashFunction, decoder: HashFunction | None) -> Row:
-        row: Row = {}
-        for count in NAMED:
-            routing: Callable[[Corrupted], AbstractContextManager[None]] = partial(
-                routed_text, self._model, encoder=encoder, decoder=decoder, num_named=count
-            )
-            predicted = perplexity(self._model, self._test, routing)
-            row |= {f"perplexity_{count}": round(predicted, 4), f"ratio_{count}": round(predicted / exact, 4)}
-        return row
+    def _perplexity(
+        self, exact: float, routing: Callable[[Corrupted], AbstractContextManager[None]], count: int
+    ) -> Row:
+        """Args: count: of experts per token, in the names of the figures."""
+        found = perplexity(self._model, self._test, routing)
+        return {f"perplexity_{count}": round(found, 4), f"ratio_{count}": round(found / exact, 4)}
 
     def _save_traces(self, stack: Stack, folder: Path) -> None:
         """Decisions on some test windows, without logits."""

@@ -20,7 +20,6 @@ FORMS = {
     "layer, which reads both.",
 }
 RESIDUAL_FORM = " Unlike the paper's, its heads also read the compressed embedding (`token_residual`)."
-HARDWARE = {"cuda": "H200", "cpu": "CPU, 1 core"}
 
 
 def hash_function_values(folder: Path) -> dict[str, str]:
@@ -44,7 +43,6 @@ def hash_function_values(folder: Path) -> dict[str, str]:
         "hf_threads": str(scores["torch_threads"]),
         "hf_verdict": _verdict(saved["validation_recall"], baselines["token"]),
         "hf_saved": result["saved"],
-        "hf_steps": str(saved["steps"]),
         "hf_batch": str(training["options"]["batch_size"]),
         "hf_variant_rows": "\n".join(
             _variant_row(variant, variant is saved) for variant in result["variants"]
@@ -105,7 +103,6 @@ def _variant_row(variant: dict[str, Any], saved: bool) -> str:
         f"{variant['network']}{', token residual' if variant['token_residual'] else ''}",
         variant["objective"],
         f"{variant['learning_rate']:g}",
-        HARDWARE[variant["device"]],
         f"{variant['seconds']:.0f}",
         str(variant["steps"]),
         f"{variant['tokens_seen'] / 1e6:.1f} M",

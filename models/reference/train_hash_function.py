@@ -24,10 +24,21 @@ RESULT_FILE = "evaluation.json"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"network": "paper", "recipe": "paper"},
-    "hot": {"network": "paper", "recipe": "fast", "learning_rate": 1e-2},
-    "token_hot": {"network": "paper", "recipe": "fast", "learning_rate": 2e-2, "token_residual": True},
+    "token_hot": {
+        "network": "paper",
+        "objective": "distillation",
+        "learning_rate": 2e-2,
+        "token_residual": True,
+    },
     # As many bytes as the paper's network.
-    "filters": {"network": "filters", "recipe": "fast", "compressed_size": 192, "hidden_size": 192},
+    "filters": {"network": "filters", "compressed_size": 192, "hidden_size": 192},
+    "filters_distilled": {
+        "network": "filters",
+        "objective": "distillation",
+        "learning_rate": 6e-3,
+        "compressed_size": 192,
+        "hidden_size": 192,
+    },
 }
 
 
@@ -39,6 +50,7 @@ class ReferenceArguments(Arguments):
         description="folder with traces of its parts in `train` and `validation`, so that no GPU is needed",
     )
     out: str = Field(str(FOLDER / "hash_function"), description="folder to write")
+    work: str = Field(".bundle/hash_functions", description="folder that keeps every variant")
     minutes: float = Field(4.0, gt=0, description="of training, for each variant, at most")
     steps: int = Field(10_000, ge=1, description="of training, for each variant, at most")
     variants: str = Field(",".join(VARIANTS), description="which to train, separated by commas")
@@ -51,11 +63,10 @@ class ReferenceArguments(Arguments):
         traces = {"traces": f"{self.traces}/train", "held_out": f"{self.traces}/validation"}
         return TrainArguments.model_validate(
             {
-                **self.model_dump(
-                    include={"model", "device", "dtype", "window_tokens", "out", "minutes", "steps"}
-                ),
+                **self.model_dump(include={"model", "device", "dtype", "window_tokens", "minutes", "steps"}),
                 **self.model_dump(include={"batch_size", "evaluate_every"}),
                 **(traces if self.traces else text),
+                "out": f"{self.work}/{variant}",
                 "patience": 20,
                 **VARIANTS[variant],
             }
@@ -81,12 +92,13 @@ def main() -> None:
     runs: dict[str, tuple[HashFunction, TrainingRecord]] = {}
     for name in names:
         runs[name] = train_hash_function(data, arguments.training(name))
+        save_training(*runs[name], arguments.training(name))
         record = runs[name][1]
         print(
             f"{name}: validation recall {record.best_mean_recall:.4f} at step {record.best_step} of {record.steps}"
         )
     best = max(runs, key=lambda name: runs[name][1].best_mean_recall)
-    folder = save_training(*runs[best], arguments.training(best))
+    folder = save_training(*runs[best], arguments.training(best).model_copy(update={"out": arguments.out}))
     evaluation = evaluate(arguments.evaluation())
     print_report(evaluation)
     result = {

@@ -44,6 +44,7 @@ def test_one_command_compares_all_predictors_layer_by_layer(
         "frequent by token",
         "hash function, paper",
         "hash function, filters",
+        "hash function, filters_distilled",
         "router, 1 early",
         "router, 2 early",
     ]

@@ -4,29 +4,34 @@ Shapes of Switch-base's encoder (12 layers, every other one sparse, d_model 768,
 of two labels; sentences are real ones as long as those of SST-2, MRPC and MultiRC. Every system computes the same
 routing of the same sentences, one after the other, and all logits are compared. The systems:
 
-- *loop*: every expert on the device and visited, with tokens or without, as the published baseline does.
-- *skip-empty*: every expert on the device, those with tokens are visited: one synchronisation a layer. *grouped*: the
-  same by the library's grouped GEMM.
-- *on-demand*: this project's engine with few slots per layer, LRU, nothing prefetched.
-- *sida*: the same engine with hash tables. A hash function of the paper's size runs in a process of its own, a sentence
-  or two ahead, and the clock starts before its first prediction. What it says is exchanged for the recorded routing.
+- *loop*: the library's model, every expert on the device and visited, with tokens or without, as the published baseline
+  does. *skip-empty*: those with tokens are visited, one synchronisation a layer. *grouped*: by the library's grouped GEMM.
+- *all-slots*: this project's engine with a slot for every expert; nothing moves.
+- *on-demand*: the engine with few slots per layer, LRU, nothing prefetched.
+- *sida*: the same engine with hash tables. A hash function of `--network` runs in a process of its own, a sentence or two
+  ahead, and the clock starts before its first prediction. What it says is exchanged for the recorded routing.
 - *sida-exact*: the routers decide, the tables only prefetch; `--hit-rate` of what they name is right.
 - *oracle*: as sida, with tables that take no time.
 
-A run is all sentences once. What is warm when it begins are slots, from the run before. `peak_gpu_gb` is the largest
-memory that tensors held, weights included. `read_limit_ms` is the time to read each needed weight once, `link_limit_ms`
-that to bring what the system moved per sentence, both at measured rates. Routing is that of the random routers (each
-token's expert follows mostly from the token) or, with `--routing trained`, what the small encoders of
-`benchmarks.sida.quality` decided for test sentences of their tasks. Not measured: HTTP, Ray, batches.
+Every run has sentences of its own, the first one warms up; medians are over the others. `latency` is from a sentence's
+admission to its answer, without the prediction. `peak_gpu_gb` is the largest memory that tensors held, weights included.
+`read_limit_ms` is the time to read each needed weight once, `link_limit_ms` that to bring what the system moved per sentence,
+both at measured rates. Routing is that of the random routers (each token's expert follows mostly from the token) or, with
+`--routing trained`, what the small encoders of `benchmarks.sida.quality` decided for test sentences of their tasks. Not
+measured: HTTP, Ray, batches.
 
     python -m benchmarks.sida.speed [--size full --experts 256] [--out speed.json --plot speed.png]
 """
 
+import os
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.conditions import conditions
 from benchmarks.gpu.baselines import measured_bandwidths
@@ -34,11 +39,12 @@ from benchmarks.gpu.limits import device_read_gb_per_s
 from benchmarks.sida.arguments import SidaArguments, parser
 from benchmarks.sida.data.build import build, read_task
 from benchmarks.sida.data.tasks import MIRRORED, TASKS, TaskName
+from benchmarks.sida.hash_functions import NETWORKS
 from benchmarks.sida.models import base_config
 from benchmarks.sida.sizes import SIZES
-from benchmarks.sida.speed.engine_runs import hash_function_process, with_mistakes
+from benchmarks.sida.speed.engine_runs import EngineRuns, Predict, hash_function_process, with_mistakes
 from benchmarks.sida.speed.host_model import HostModel
-from benchmarks.sida.speed.measure import Rates, Row, limits_ms, measure_resident, measure_slots
+from benchmarks.sida.speed.measure import Rates, Row, Runs, limits_ms, measure_engine, measure_resident
 from benchmarks.sida.speed.resident import RESIDENT_SYSTEMS
 from benchmarks.sida.speed.sentences import Recording, Sentence, draw, route_by_routers
 from benchmarks.sida.speed.summary import plot, print_summary, summarise
@@ -48,7 +54,10 @@ from common.hash_table import HashTable
 from common.slot_budget import SlotBudget
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SLOT_SYSTEMS = ("on-demand", "sida", "sida-exact", "oracle")
+ON_DEMAND, ALL_SLOTS = "on-demand", "all-slots"
+TABLE_SYSTEMS = ("sida", "sida-exact", "oracle")
+SYSTEMS = (*RESIDENT_SYSTEMS, ALL_SLOTS, ON_DEMAND, *TABLE_SYSTEMS)
+PADDED_SYSTEMS = ("skip-empty", ALL_SLOTS, ON_DEMAND, "sida")
 
 
 class SpeedArguments(SidaArguments):
@@ -58,6 +67,7 @@ class SpeedArguments(SidaArguments):
     system: list[str]
     slots: list[str] | None
     eviction: str
+    network: str
     hit_rate: float
     sentences: int | None
     runs: int
@@ -68,21 +78,21 @@ class SpeedArguments(SidaArguments):
 def parse_arguments() -> SpeedArguments:
     made = parser(__doc__)
     made.add_argument(
-        "--experts", type=int, nargs="+", help="default: 8 and 32 (cpu), 8, 64, 128 and 256 (full)"
+        "--experts", type=int, nargs="+", help="default: 8 and 32 (cpu), 256, 128, 64 and 8 (full)"
     )
     made.add_argument(
         "--dtype", nargs="+", choices=list(DTYPES), help="default: float32, and full bfloat16 too"
     )
     made.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     made.add_argument("--padding", nargs="+", choices=["unpadded", "padded"], default=["unpadded", "padded"])
-    systems = [*RESIDENT_SYSTEMS, *SLOT_SYSTEMS]
-    made.add_argument("--system", nargs="+", choices=systems, default=systems)
+    made.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     made.add_argument(
-        "--slots", nargs="+", help="per layer; default: 18%% and 55%% (cpu), 6%% to 55%% (full)"
+        "--slots", nargs="+", help="per layer; default: 18%% and 55%% (cpu), 12%% to 55%% (full)"
     )
-    made.add_argument("--eviction", default="lfu", help="of sida and oracle")
+    made.add_argument("--eviction", default="lfu", help="of systems with tables")
+    made.add_argument("--network", choices=list(NETWORKS), default="ours", help="of the hash function")
     made.add_argument("--hit-rate", type=float, default=0.98, help="of sida-exact's tables")
-    made.add_argument("--sentences", type=int, help="default: 6 (cpu), 24 (full)")
+    made.add_argument("--sentences", type=int, help="of each run; default: 6 (cpu), 12 (full)")
     made.add_argument("--runs", type=int, default=5)
     made.add_argument(
         "--routing",
@@ -94,24 +104,47 @@ def parse_arguments() -> SpeedArguments:
     return made.parse_args(namespace=SpeedArguments())
 
 
+@dataclass
+class Case:
+    """Sentences of one task, padded or not, and what has been found for them."""
+
+    figures: Row
+    runs: Runs
+    reference: list[Tensor] | None = None  # logits of the first system
+
+    @property
+    def sentences(self) -> list[Sentence]:
+        return [sentence for run in self.runs for sentence in run]
+
+    def runs_system(self, system: str) -> bool:
+        return self.figures["padding"] == "unpadded" or system in PADDED_SYSTEMS
+
+    def difference(self, logits: list[Tensor]) -> float:
+        """The largest one from the reference, which these are if there is none."""
+        self.reference = self.reference or logits
+        pairs = zip(logits, self.reference, strict=True)
+        return max(float((one - other).abs().max()) for one, other in pairs)
+
+
 class Benchmark:
     def __init__(self, arguments: SpeedArguments) -> None:
         self._arguments, self._started = arguments, time.perf_counter()
         self._device = torch.device(arguments.device)
         self._size = arguments.numbers.speed
         self._rows: list[Row] = []
-        # Sentences are few: the small data will do.
-        self._data = arguments.work / "cpu" / "data"
-        build(self._data, SIZES["cpu"].data, arguments.seed)
+        self._data = arguments.work / "cpu" / "data"  # sentences are few: the small data will do
+        if arguments.routing == "random":
+            build(self._data, SIZES["cpu"].data, arguments.seed, processes=len(os.sched_getaffinity(0)))
         general = measured_bandwidths(self._device)
         link = general.get("host_pinned_to_device", general["host_pageable_to_device"])
         self._rates = Rates(link, round(device_read_gb_per_s(self._device), 1))
         print(self._rates, flush=True)
 
     def run(self) -> dict[str, Any]:
-        for num_experts in self._arguments.experts or self._size.experts:
-            for dtype in self._arguments.dtype or self._size.dtypes:
-                self._run_model(num_experts, dtype)
+        for dtype in self._arguments.dtype or self._size.dtypes:
+            for num_experts in self._arguments.experts or self._size.experts:
+                if not self._is_over():
+                    self._run_model(num_experts, dtype)
         return self.record()
 
     def record(self) -> dict[str, Any]:
@@ -125,89 +158,109 @@ class Benchmark:
         }
 
     def _run_model(self, num_experts: int, dtype: str) -> None:
-        if self._is_over():
-            return
         config = base_config(self._size.shape, num_experts, DTYPES[dtype])
         host = HostModel(config, self._device, self._arguments.seed)
         try:
-            for task in self._arguments.task:
-                for padding in self._arguments.padding:
-                    self._run_sentences(
+            with host.all_resident():
+                cases = [
+                    self._case(
                         host, {"experts": num_experts, "dtype": dtype, "task": task, "padding": padding}
                     )
+                    for task in self._arguments.task
+                    for padding in self._arguments.padding
+                ]
+                for system in RESIDENT_SYSTEMS:
+                    for case in self._remaining(cases, system):
+                        measured = measure_resident(host, case.runs, system)
+                        self._add(host, case, system, host.num_experts, *measured)
+            self._run_engines(host, cases)
         finally:
             host.close()
 
-    def _run_sentences(self, host: HostModel, case: Row) -> None:
-        if self._is_over():
-            return
-        sentences = self._sentences(host, case["task"], case["padding"] == "padded")
-        case = {
-            **case,
-            "mirrors": MIRRORED[case["task"]],
+    def _case(self, host: HostModel, figures: Row) -> Case:
+        count, num_runs = self._arguments.sentences or self._size.sentences, 1 + self._arguments.runs
+        sentences = self._sentences(host, figures["task"], num_runs * count, figures["padding"] == "padded")
+        runs = [sentences[start : start + count] for start in range(0, len(sentences), count)]
+        figures |= {
+            "mirrors": MIRRORED[figures["task"]],
             "routing": self._arguments.routing,
             "sentences": len(sentences),
-            "tokens_mean": round(sum(len(each.token_ids) for each in sentences) / len(sentences), 1),
-            "distinct_experts_per_layer": round(
-                sum(float(each.distinct_experts().mean()) for each in sentences) / len(sentences), 2
-            ),
+            "tokens_mean": _mean(len(each.token_ids) for each in sentences),
+            "distinct_experts_per_layer": _mean(float(each.distinct_experts().mean()) for each in sentences),
         }
-        reference = None
-        for row, logits in self._measure_all(host, sentences):
-            reference = logits if reference is None else reference
-            difference = max(
-                float((one - other).abs().max()) for one, other in zip(logits, reference, strict=True)
-            )
-            row = {
-                **case,
-                **row,
-                **limits_ms(host, sentences, row, self._rates),
-                "logit_difference": round(difference, 6),
-            }
-            self._rows.append(row)
-            print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-            self._arguments.save(self.record())
+        return Case(figures, runs)
 
-    def _sentences(self, host: HostModel, task: TaskName, padded: bool) -> list[Sentence]:
-        count, seed = self._arguments.sentences or self._size.sentences, self._arguments.seed
+    def _sentences(self, host: HostModel, task: TaskName, count: int, padded: bool) -> list[Sentence]:
+        name, seed = f"{task}-{padded}", self._arguments.seed
         if self._arguments.routing == "trained":
             root = self._arguments.work / self._arguments.size
             file = routing_folder(root, host.num_experts, task) / ROUTING_FILE
-            return Recording(file, host.num_experts).sentences(host, count, padded, seed)
-        return route_by_routers(host, draw(read_task(self._data, task, "test").ids, count, padded, seed)[1])
+            return Recording(file, host.num_experts).sentences(host, name, count, padded, seed)
+        token_ids = draw(read_task(self._data, task, "test").ids, count, padded, seed)[1]
+        return route_by_routers(host, name, token_ids)
 
-    def _measure_all(
-        self, host: HostModel, sentences: list[Sentence]
-    ) -> Iterator[tuple[Row, list[torch.Tensor]]]:
-        chosen, runs = self._arguments.system, self._arguments.runs
-        with host.all_resident():
-            for system in RESIDENT_SYSTEMS:
-                if system in chosen and not self._is_over():
-                    row, logits = measure_resident(host, sentences, system, runs)
-                    yield {"system": system, "slots": host.num_experts, **row}, logits
-        with hash_function_process(host, self._size.hash_function_hidden) as hash_function:
+    def _run_engines(self, host: HostModel, cases: list[Case]) -> None:
+        """Each serves all cases."""
+        asked = set(self._arguments.system)
+        with hash_function_process(
+            host, self._arguments.network, self._size.hash_function_hidden
+        ) as hash_function:
+            if ALL_SLOTS in asked:
+                self._run_engine(host, cases, [ALL_SLOTS], host.num_experts, hash_function)
             for num_slots in self._slot_counts(host):
-                for system in SLOT_SYSTEMS:
-                    if system in chosen and not self._is_over():
-                        yield self._measure_slots(host, sentences, system, num_slots, hash_function)
+                for systems in ((ON_DEMAND,), TABLE_SYSTEMS):
+                    if some := [system for system in systems if system in asked]:
+                        self._run_engine(host, cases, some, num_slots, hash_function)
 
-    def _slot_counts(self, host: HostModel) -> list[int]:
-        budgets = map(SlotBudget.parse, self._arguments.slots or self._size.slots)
-        counts = (
-            budget.slots_per_layer(host.num_layers, host.num_experts, host.layout.slab_bytes, top_k=0)
-            for budget in budgets
-        )
-        return sorted({max(1, count) for count in counts})
-
-    def _measure_slots(
+    def _run_engine(
         self,
         host: HostModel,
-        sentences: list[Sentence],
-        system: str,
+        cases: list[Case],
+        systems: list[str],
         num_slots: int,
         hash_function: Callable[[Sentence], None],
-    ) -> tuple[Row, list[torch.Tensor]]:
-        named = {each.request_id: each.table for each in sentences}
+    ) -> None:
+        if self._is_over():
+            return
+        prefetch = systems[0] in TABLE_SYSTEMS
+        eviction = self._arguments.eviction if prefetch else "lru"
+        with host.slots(num_slots, eviction) as slot_model:
+            engine = EngineRuns(slot_model, [each for case in cases for each in case.sentences], prefetch)
+            try:
+                for system in systems:
+                    for case in self._remaining(cases, system):
+                        predict = self._predict(host, system, case, hash_function)
+                        self._add(
+                            host, case, system, num_slots, *measure_engine(host, engine, case.runs, predict)
+                        )
+            finally:
+                engine.stop()
+
+    def _remaining(self, cases: list[Case], system: str) -> Iterator[Case]:
+        """Those to be measured with the system, until the time is over."""
+        for case in cases:
+            if system in self._arguments.system and case.runs_system(system) and not self._is_over():
+                yield case
+
+    def _add(
+        self, host: HostModel, case: Case, system: str, num_slots: int, found: Row, logits: list[Tensor]
+    ) -> None:
+        row = {
+            **case.figures,
+            "system": system,
+            "slots": num_slots,
+            **found,
+            **limits_ms(host, case.sentences, found, self._rates),
+            "logit_difference": round(case.difference(logits), 6),
+        }
+        self._rows.append(row)
+        print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+        self._arguments.save(self.record())
+
+    def _predict(
+        self, host: HostModel, system: str, case: Case, hash_function: Callable[[Sentence], None]
+    ) -> Predict:
+        named = {each.request_id: each.table for each in case.sentences}
         if system == "sida-exact":
             hit_rate = self._arguments.hit_rate
             named = {
@@ -218,22 +271,31 @@ class Benchmark:
         def predict(sentence: Sentence) -> HashTable | None:
             if system in ("sida", "sida-exact"):
                 hash_function(sentence)
-            return None if system == "on-demand" else named[sentence.request_id]
+            return named[sentence.request_id] if system in TABLE_SYSTEMS else None
 
-        eviction = "lru" if system == "on-demand" else self._arguments.eviction
-        row, logits = measure_slots(
-            host, sentences, num_slots, eviction, system != "on-demand", predict, self._arguments.runs
+        return predict
+
+    def _slot_counts(self, host: HostModel) -> list[int]:
+        budgets = map(SlotBudget.parse, self._arguments.slots or self._size.slots)
+        counts = (
+            budget.slots_per_layer(host.num_layers, host.num_experts, host.layout.slab_bytes, top_k=0)
+            for budget in budgets
         )
-        return {"system": system, "slots": num_slots, "eviction": eviction, **row}, logits
+        return sorted({max(1, count) for count in counts})
 
     def _is_over(self) -> bool:
         return time.perf_counter() - self._started > self._arguments.time_limit_s
 
 
+def _mean(values: Iterable[float]) -> float:
+    return round(statistics.mean(values), 2)
+
+
 def main() -> None:
     arguments = parse_arguments()
     record = Benchmark(arguments).run()
-    print_summary(record["summary"])
+    if record["summary"]:
+        print_summary(record["results"])
     if arguments.plot and record["results"]:
         plot(record["results"], arguments.plot)
     arguments.write(record)

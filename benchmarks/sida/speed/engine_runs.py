@@ -1,5 +1,6 @@
 """Sentences through this project's own engine, batch 1: with hash tables that a predictor builds meanwhile, or without."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +22,14 @@ from actors.executor.sequence import PromptChunk
 from actors.predictor.network import HashFunction, HashFunctionSpec, WeightRule
 from actors.predictor.predictor import HashFunctionPredictor
 from benchmarks.sida.answer_sink import WAIT_S, AnswerSink
+from benchmarks.sida.hash_functions import NETWORKS
 from benchmarks.sida.speed.host_model import HostModel
 from benchmarks.sida.speed.sentences import Sentence
 from common.generation import GenerationRequest, SamplingParams
 from common.hash_table import HashTable
 
 OUTSTANDING = 3  # sentences in the engine: one that runs, one whose experts are copied, one that waits
-PREDICTOR_THREADS = 4
+PREDICTOR_THREADS = 8  # at most; half of the processors are left to the engine
 
 Predict = Callable[[Sentence], HashTable | None]
 
@@ -38,6 +40,7 @@ class Timed:
 
     seconds: float  # from before the first prediction to the last answer
     latencies_s: list[float]  # per sentence, from its admission to its answer
+    predictions_s: list[float]  # of tables
     logits: list[tuple[float, ...]]
 
 
@@ -55,6 +58,7 @@ class RecordedRouting(PredictedRouting):
 class EngineRuns:
     """
     Args:
+        sentences: all that will be run.
         prefetch: copy what attached tables name; else they are not looked at.
     """
 
@@ -65,7 +69,7 @@ class EngineRuns:
         prompts, decoder = new_passes(slot_model, runner, limits, 1, RecordedRouting(sentences))
         prefetcher = new_prefetcher(slot_model, prompts) if prefetch else None
         self.pager = slot_model.pager
-        self._sentences, self._num_runs = sentences, 0
+        self._num_runs = 0
         self._engine = Engine(
             prompts, decoder, slot_model.pager, slot_model.clock, limits, prefetcher=prefetcher
         )
@@ -74,14 +78,16 @@ class EngineRuns:
     def stop(self) -> None:
         self._engine.stop()
 
-    def run(self, predict: Predict) -> Timed:
+    def run(self, sentences: Sequence[Sentence], predict: Predict) -> Timed:
         """Args: predict: the table to attach to a sentence before it is read; None: none."""
         self._num_runs += 1
         free = threading.Semaphore(OUTSTANDING)
-        sinks = []
+        sinks, predictions = [], []
         started = time.perf_counter()
-        for sentence in self._sentences:
+        for sentence in sentences:
+            began = time.perf_counter()
             table = predict(sentence)
+            predictions.append(time.perf_counter() - began)
             assert free.acquire(timeout=WAIT_S), "the engine does not answer"
             sinks.append(AnswerSink(free.release))
             request_id = f"{sentence.request_id} {self._num_runs}"
@@ -93,14 +99,19 @@ class EngineRuns:
         chunks = [sink.result() for sink in sinks]
         seconds = time.perf_counter() - started
         latencies = [chunk.timings.prefill_s for chunk in chunks if chunk.timings is not None]
-        return Timed(seconds, latencies, [chunk.label_logits or () for chunk in chunks])
+        return Timed(seconds, latencies, predictions, [chunk.label_logits or () for chunk in chunks])
 
 
 @contextmanager
-def hash_function_process(host: HostModel, hidden_size: int) -> Iterator[Callable[[Sentence], None]]:
-    """A process that runs a hash function of the paper's kind with random weights: what a prediction costs.
+def hash_function_process(
+    host: HostModel, network: str, hidden_size: int
+) -> Iterator[Callable[[Sentence], None]]:
+    """A process that runs a hash function with random weights: what a prediction costs.
 
     Its answers travel as those of a trained one would, and are worth nothing: callers take the recorded tables instead.
+
+    Args:
+        network: in NETWORKS.
     """
     embedding = host.model.get_input_embeddings().weight
     spec = HashFunctionSpec(
@@ -114,7 +125,9 @@ def hash_function_process(host: HostModel, hidden_size: int) -> Iterator[Callabl
         weight_rule=WeightRule(None),
         compressed_size=hidden_size,
         hidden_size=hidden_size,
+        bidirectional=True,
     )
+    spec = replace(spec, **NETWORKS[network].changes)
     with ProcessPoolExecutor(1, get_context("spawn"), _start_predictor, (spec,)) as process:
 
         def predict(sentence: Sentence) -> None:
@@ -133,7 +146,7 @@ _predictor: HashFunctionPredictor | None = None  # of the process
 
 def _start_predictor(spec: HashFunctionSpec) -> None:
     global _predictor
-    torch.set_num_threads(min(PREDICTOR_THREADS, torch.get_num_threads()))
+    torch.set_num_threads(min(PREDICTOR_THREADS, max(1, len(os.sched_getaffinity(0)) // 2)))
     function = HashFunction(spec, torch.randn(spec.vocab_size, spec.embedding_size)).eval()
     function.encode_vocabulary()
     _predictor = HashFunctionPredictor(function)

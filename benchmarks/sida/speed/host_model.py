@@ -53,6 +53,7 @@ class HostModel:
     @contextmanager
     def all_resident(self) -> Iterator[PreTrainedModel]:
         """Within the context every expert is on the device."""
+        self._release_memory()
         for layer, module in enumerate(self.experts):
             slabs = torch.empty(
                 self.num_experts, self.layout.slab_bytes, dtype=torch.uint8, device=self.device
@@ -69,6 +70,7 @@ class HostModel:
     @contextmanager
     def slots(self, num_slots: int, eviction: str) -> Iterator[SlotModel]:
         """Within the context the model has that many slots per layer, empty at first."""
+        self._release_memory()
         slot_model = attach_slots(
             self.model, self.layout, num_slots, lambda pools, num_experts: self._pager(pools, eviction)
         )
@@ -97,6 +99,9 @@ class HostModel:
             module.num_experts = self.num_experts  # type: ignore[assignment]
         for module in self.model.modules():
             vars(module).pop("compute_bias", None)  # that of packed sentences
+
+    def _release_memory(self) -> None:
+        """Of the last user's slots, which hang together in cycles that its caller held until now."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

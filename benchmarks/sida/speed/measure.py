@@ -28,73 +28,71 @@ class Rates:
 Row = dict[str, Any]
 
 
-@torch.inference_mode()
-def measure_resident(
-    host: HostModel, sentences: Sequence[Sentence], system: str, runs: int
-) -> tuple[Row, list[Tensor]]:
-    """Call it within `host.all_resident()`. Returns: figures, and each sentence's logits."""
-    table = RoutingTable()
-    inputs = [
-        (torch.tensor([sentence.token_ids], device=host.device), sentence.routing(host.device))
-        for sentence in sentences
-    ]
+Runs = Sequence[Sequence[Sentence]]  # the first one warms up; each has sentences of its own
 
-    def run() -> Timed:
+
+@torch.inference_mode()
+def measure_resident(host: HostModel, runs: Runs, system: str) -> tuple[Row, list[Tensor]]:
+    """Call it within `host.all_resident()`. Returns: figures, and the logits of each sentence that was timed."""
+    table = RoutingTable()
+
+    def run(sentences: Sequence[Sentence]) -> Timed:
+        inputs = [
+            (torch.tensor([sentence.token_ids], device=host.device), sentence.routing(host.device))
+            for sentence in sentences
+        ]
         latencies, logits = [], []
         started = time.perf_counter()
         for token_ids, table.routing in inputs:
             began = time.perf_counter()
             logits.append(tuple(host.model(input_ids=token_ids).logits[0].tolist()))
             latencies.append(time.perf_counter() - began)
-        return Timed(time.perf_counter() - started, latencies, logits)
+        return Timed(time.perf_counter() - started, latencies, [], logits)
 
     with resident_system(host.model, system, table):
         return _measure(host, run, runs, dict)
 
 
-def measure_slots(
-    host: HostModel,
-    sentences: Sequence[Sentence],
-    num_slots: int,
-    eviction: str,
-    prefetch: bool,
-    predict: Predict,
-    runs: int,
+def measure_engine(
+    host: HostModel, engine: EngineRuns, runs: Runs, predict: Predict
 ) -> tuple[Row, list[Tensor]]:
-    with host.slots(num_slots, eviction) as slot_model:
-        engine = EngineRuns(slot_model, sentences, prefetch)
-        try:
-            return _measure(host, lambda: engine.run(predict), runs, lambda: _counters(host, engine))
-        finally:
-            engine.stop()
+    """As `measure_resident`."""
+    return _measure(
+        host, lambda sentences: engine.run(sentences, predict), runs, lambda: _counters(host, engine)
+    )
 
 
 def _measure(
-    host: HostModel, run: Callable[[], Timed], runs: int, counters: Callable[[], dict[str, int]]
+    host: HostModel,
+    run: Callable[[Sequence[Sentence]], Timed],
+    runs: Runs,
+    counters: Callable[[], dict[str, int]],
 ) -> tuple[Row, list[Tensor]]:
-    run()  # compiles, allocates, fills slots
+    run(runs[0])  # compiles, allocates, fills slots
     if host.device.type == "cuda":
         synchronize(host.device)
         torch.cuda.reset_peak_memory_stats(host.device)
     before = counters()
-    timed = [run() for _ in range(runs)]
+    timed = [run(sentences) for sentences in runs[1:]]
     counted = {name: count - before[name] for name, count in counters().items()}
-    num_sentences = len(timed[0].latencies_s)
-    rates = sorted(num_sentences / each.seconds for each in timed)
+    rates = sorted(len(each.latencies_s) / each.seconds for each in timed)
     latencies_ms = [1e3 * latency for each in timed for latency in each.latencies_s]
+    predictions_ms = [1e3 * prediction for each in timed for prediction in each.predictions_s]
     row: Row = {
         "sentences_per_s": round(statistics.median(rates), 3),
         "min_max": [round(rates[0], 3), round(rates[-1], 3)],
         "latency_ms_p50": round(float(np.quantile(latencies_ms, 0.5)), 3),
         "latency_ms_p90": round(float(np.quantile(latencies_ms, 0.9)), 3),
     }
+    if predictions_ms:
+        row["predict_ms_p50"] = round(float(np.quantile(predictions_ms, 0.5)), 3)
     if host.device.type == "cuda":
         row["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(host.device) / 1e9, 3)
     if counted:
         needed = counted["hits"] + counted["misses"]
         row["hit_rate"] = round(counted["hits"] / needed, 4)
-        row["moved_gb_per_sentence"] = round(counted["moved_bytes"] / (runs * num_sentences) / 1e9, 5)
-    return row, [torch.tensor(logits) for logits in timed[-1].logits]
+        row["moved_gb_per_sentence"] = round(counted["moved_bytes"] / len(latencies_ms) / 1e9, 5)
+    return row, [torch.tensor(logits) for each in timed for logits in each.logits]
 
 
 def _counters(host: HostModel, engine: EngineRuns) -> dict[str, int]:

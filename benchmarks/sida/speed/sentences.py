@@ -41,7 +41,12 @@ def draw(
     """Distinct rows of [sentences, tokens], their numbers first.
 
     Padded ones have the length of the longest. Padding counts as text: it takes the same time where it is masked.
+
+    Raises:
+        ValueError: there are not so many.
     """
+    if len(ids) < count:
+        raise ValueError(f"{count} sentences are asked for and {len(ids)} there: fewer --sentences or --runs")
     chosen = np.random.default_rng(seed).permutation(len(ids))[:count].tolist()
     rows = [ids[row][ids[row] != NO_TOKEN].tolist() for row in chosen]
     longest = max(map(len, rows)) if padded else 0
@@ -49,17 +54,16 @@ def draw(
 
 
 @torch.inference_mode()
-def route_by_routers(host: HostModel, sentences: Sequence[tuple[int, ...]]) -> list[Sentence]:
-    """What the routers of the random model decide, every expert resident."""
+def route_by_routers(host: HostModel, name: str, sentences: Sequence[tuple[int, ...]]) -> list[Sentence]:
+    """What the routers of the random model decide. Call it within `host.all_resident()`. Args: name: of these sentences."""
     made = []
-    with host.all_resident() as model:
-        for number, token_ids in enumerate(sentences):
-            table = RoutingTable(recorded=[])
-            with resident_system(model, "grouped", table):
-                model(input_ids=torch.tensor([token_ids], device=host.device))
-            assert table.recorded is not None
-            ids, weights = (torch.stack(part).cpu() for part in zip(*table.recorded, strict=True))
-            made.append(_sentence(host, number, token_ids, ids, weights))
+    for number, token_ids in enumerate(sentences):
+        table = RoutingTable(recorded=[])
+        with resident_system(host.model, "grouped", table):
+            host.model(input_ids=torch.tensor([token_ids], device=host.device))
+        assert table.recorded is not None
+        ids, weights = (torch.stack(part).cpu() for part in zip(*table.recorded, strict=True))
+        made.append(_sentence(host, f"{name}-{number}", token_ids, ids, weights))
     return made
 
 
@@ -73,7 +77,7 @@ class Recording:
         if recorded_experts != num_experts:
             raise ValueError(f"{path} is of a model with {recorded_experts} experts, not {num_experts}")
 
-    def sentences(self, host: HostModel, count: int, padded: bool, seed: int) -> list[Sentence]:
+    def sentences(self, host: HostModel, name: str, count: int, padded: bool, seed: int) -> list[Sentence]:
         """Each layer is routed as the trained layer at about the same depth; padding goes to expert 0."""
         numbers, token_ids = draw(self._token_ids, count, padded, seed)
         depth = [layer * len(self._experts) // host.num_layers for layer in range(host.num_layers)]
@@ -82,7 +86,9 @@ class Recording:
             ids = np.zeros((host.num_layers, len(tokens), 1), np.int64)
             length = int((self._token_ids[number] != NO_TOKEN).sum())
             ids[:, :length, 0] = self._experts[depth, number, :length]
-            made.append(_sentence(host, len(made), tokens, torch.from_numpy(ids), torch.ones(ids.shape)))
+            made.append(
+                _sentence(host, f"{name}-{number}", tokens, torch.from_numpy(ids), torch.ones(ids.shape))
+            )
         return made
 
 
@@ -101,7 +107,7 @@ def write_recording(path: Path, num_experts: int, token_ids: NDArray[Any], exper
 
 
 def _sentence(
-    host: HostModel, number: int, token_ids: tuple[int, ...], ids: Tensor, weights: Tensor
+    host: HostModel, request_id: str, token_ids: tuple[int, ...], ids: Tensor, weights: Tensor
 ) -> Sentence:
     table = HashTable(
         ids.numpy().astype(np.uint16),
@@ -110,4 +116,4 @@ def _sentence(
         "recorded",
         "1",
     )
-    return Sentence(f"s{number}", token_ids, table)
+    return Sentence(request_id, token_ids, table)

@@ -130,7 +130,7 @@ def test_learns_what_only_context_can_tell(network: str, objective: Objective) -
         assert record.best_recall[layer] > max(0.75, baseline[layer] + 0.2, before[layer] + 0.2)
     assert [row.step for row in rows] == [40, 80, 120] and record.steps == 120
     assert recall_per_layer(function, held_out) == pytest.approx(record.best_recall)
-    assert min(recall_per_layer(function, held_out, 2 * TOP_K)) >= max(0.95, *record.best_recall)
+    assert min(recall_per_layer(function, held_out, 2 * TOP_K)) >= max(0.9, *record.best_recall)
     assert recall_per_layer(function, held_out, EXPERTS) == [1.0] * LAYERS
 
 
@@ -270,16 +270,21 @@ def test_the_loss_is_that_of_the_paper() -> None:
     torch.testing.assert_close(distillation_loss(logits, batch, 0.3), torch.stack(expected).mean())
 
 
-def test_the_loss_of_choices_is_the_likelihood_of_each() -> None:
+def test_the_loss_of_choices_is_the_likelihood_of_each_by_its_weight() -> None:
     (batch,) = SyntheticTraces(1, seed=3).batches(1, None)
     logits = torch.randn(*batch.token_ids.shape, LAYERS, EXPERTS)
+    scaled = replace(batch, weights=2.5 * batch.weights)  # as routers do whose weights do not add up to 1
     expected = [
-        -logits[0, token, layer].log_softmax(-1)[expert]
+        -sum(
+            weight * logits[0, token, layer].log_softmax(-1)[expert]
+            for expert, weight in zip(
+                *(each[0, token, layer].tolist() for each in (batch.expert_ids, batch.weights)), strict=True
+            )
+        )
         for token in range(16)
         for layer in range(LAYERS)
-        for expert in batch.expert_ids[0, token, layer].tolist()
     ]
-    torch.testing.assert_close(choices_loss(logits, batch), torch.stack(expected).mean())
+    torch.testing.assert_close(choices_loss(logits, scaled), torch.stack(expected).mean())
 
 
 def test_the_paper_recipe_is_the_papers() -> None:

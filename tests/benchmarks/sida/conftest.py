@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.sida.data.build import TOKENS
 from benchmarks.sida.data.sources import PARTS
+from benchmarks.sida.data.tasks import TASKS
 from benchmarks.sida.data.tokens import Vocabulary, padded
 from benchmarks.sida.models import TrainedShape
 from benchmarks.sida.optimize import Schedule
@@ -52,9 +53,15 @@ def tiny_size() -> Size:
         pretraining_batch=4,
         pretraining=three_steps,
         finetuning_batch_tokens=256,
-        finetuning=three_steps,
+        finetuning=dict.fromkeys(TASKS, three_steps),
         evaluated_windows=4,
         hash_training=replace(
-            SIZES["cpu"].hash_training, minutes=1, steps=6, hidden_size=16, evaluate_every=5, batch_tokens=256
+            SIZES["cpu"].hash_training,
+            minutes=1,
+            task_minutes=1,
+            steps=6,
+            hidden_size=16,
+            evaluate_every=5,
+            batch_tokens=256,
         ),
     )

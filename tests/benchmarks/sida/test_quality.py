@@ -83,11 +83,11 @@ def test_routing_by_the_routers_own_decisions_changes_no_answer(workshop: Worksh
 def test_a_hash_function_learns_routing_that_follows_from_tokens(workshop: Workshop, network: str) -> None:
     folder = workshop.classifier(4, "short").folder
     model = load_resident_model(folder, CPU, torch.float32)
-    few_tokens = np.random.default_rng(0).integers(1, 9, (32, 16)).astype(np.int16)
-    part = TaskPart(few_tokens, np.zeros(32, np.int64), np.full(32, ""))
+    few_tokens = np.random.default_rng(0).integers(1, 9, (16, 12)).astype(np.int16)
+    part = TaskPart(few_tokens, np.zeros(16, np.int64), np.full(16, ""))
     traced = TracedTask(RoutingTracer(model, folder, stack="encoder"), part, 256)
     held_out = list(traced.traces(None))
-    training = replace(workshop.size.hash_training, steps=60, hidden_size=32)
+    training = replace(workshop.size.hash_training, steps=60, hidden_size=32, evaluate_every=30)
     function = train_hash_function(folder, traced, held_out, network, training, 0, CPU)
     predicted: Tensor = function(held_out[0].token_ids, held_out[0].mask).argmax(-1)
     decided = held_out[0].expert_ids[..., 0]

@@ -11,12 +11,17 @@ from benchmarks.sida.batches import batches
 from benchmarks.sida.corruption import NOISE_SHARE, SpanCorruption
 from benchmarks.sida.data.build import read_task
 from benchmarks.sida.data.tokens import NUM_SENTINELS, Vocabulary
+from benchmarks.sida.fused_norms import fuse_norms
 from benchmarks.sida.models import AUX_LOSS, Z_LOSS
 from benchmarks.sida.optimize import RelativeAdam, Schedule, optimize
+from benchmarks.sida.pretrain import target_loss
 from benchmarks.sida.router_losses import SkewCounter, router_losses
 from benchmarks.sida.sizes import Size
 from benchmarks.sida.workshop import Workshop
-from common.own_experts.switch_transformers import SwitchTransformersForSequenceClassification
+from common.own_experts.switch_transformers import (
+    OwnSwitchTransformersForConditionalGeneration,
+    SwitchTransformersForSequenceClassification,
+)
 
 CPU = torch.device("cpu")
 
@@ -87,15 +92,12 @@ def routed_to(experts: list[int], strength: float = 20.0) -> Tensor:
     return logits
 
 
-def test_router_losses_ask_for_an_even_use_and_leave_padding_out() -> None:
+def test_router_losses_ask_for_an_even_use_of_every_layers_experts() -> None:
     even, collapsed = routed_to([0, 1, 2, 3]), routed_to([0, 0, 0, 0])
     z_loss = Z_LOSS * 400
     assert float(router_losses([even])) == pytest.approx(AUX_LOSS + z_loss, rel=1e-3)
     assert float(router_losses([collapsed])) == pytest.approx(4 * AUX_LOSS + z_loss, rel=1e-3)
-    mask = torch.tensor([True] * 4 + [False] * 4)
-    assert float(router_losses([torch.cat([even, collapsed])], mask)) == pytest.approx(
-        AUX_LOSS + z_loss, rel=1e-3
-    )
+    assert float(router_losses([even, collapsed])) == pytest.approx(5 * AUX_LOSS + 2 * z_loss, rel=1e-3)
 
 
 def test_skew_tells_collapsed_from_even_routing() -> None:
@@ -130,6 +132,22 @@ def test_what_is_trained_is_the_librarys_model_and_made_once(workshop: Workshop)
     model = SwitchTransformersForConditionalGeneration.from_pretrained(made.folder)
     assert model.config.num_experts == 4
     assert workshop.pretrained(4).record == made.record
+
+
+def test_fused_norms_give_the_librarys_loss_and_gradients(workshop: Workshop) -> None:
+    batch = workshop.text.evaluated("train", 2)[0]
+    losses, gradients = list[Tensor](), list[Tensor]()
+    for change in (lambda _model: None, fuse_norms):
+        model = OwnSwitchTransformersForConditionalGeneration.from_pretrained(workshop.pretrained(4).folder)
+        change(model)
+        loss = target_loss(model, batch)
+        loss.backward()
+        losses.append(loss.detach())
+        gradient = model.get_parameter("shared.weight").grad
+        assert gradient is not None
+        gradients.append(gradient)
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
 def test_a_classifier_begins_with_the_pretrained_encoder(workshop: Workshop) -> None:
