@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +124,11 @@ def test_the_quarter_comes_first_then_the_most_slots_and_all_resident_once() -> 
     assert [row["slots"] for row in impossible] == ["200"]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """BLAS keeps a row's bits whatever other rows there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu  # in Triton's interpreter it takes as long as a hundred other tests
 def test_every_number_of_slots_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "results.json", tmp_path / "results.png"
-    sizes = "--device cpu --tiny --layers 2 --prompt-tokens 2 --prefill-tokens 6 --prefill-runs 1"
+    sizes = "--device cuda --tiny --layers 2 --prompt-tokens 2 --prefill-tokens 6 --prefill-runs 1"
     effort = "--warmup 2 --steps 1 --runs 1 --slots 12.5% 50% 100% --batch 1 --routing zipf1.0"
     ahead = "--prefetch on --foresight 0.7"
     command = f"{sizes} {effort} {ahead} --out {out} --plot {picture}"
