@@ -1,6 +1,6 @@
 """The experts function `slots` in the library's registry: looks tokens' experts up in the page table, has misses paged
-in, and runs the library's own grouped GEMM over the slots, or on a CPU with misses one expert after the other. One
-function for every family; routers are never touched.
+in, and runs the library's own grouped GEMM over the slots, or on a CPU one expert after the other. One function for every
+family; routers are never touched.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,8 @@ class SlotExperts:
         Args:
             hidden: [tokens, hidden]. topk_ids: [tokens, top_k] int64. topk_weights: [tokens, top_k].
         Returns:
-            [tokens, hidden], bit-equal to the library's grouped_mm with every expert resident.
+            [tokens, hidden], the same bits whatever is resident; those of the library's grouped_mm where that keeps the
+            order of an expert's rows.
         """
         running = self._clock.running
         assert running is not None
@@ -52,7 +53,7 @@ class SlotExperts:
         running.record(ids.numpy(), resident, self._pager.loading(self._layer) if some_miss else resident)
         if running.after_routing is not None:
             running.after_routing(self._layer, running.by_sequence(ids.numpy()))
-        if some_miss and isinstance(self._pager, HostPager) and hidden.device.type == "cpu":
+        if isinstance(self._pager, HostPager) and hidden.device.type == "cpu":
             output = self._one_by_one(self._pager, hidden, ids, topk_weights, needed)
         elif self._pager.fits(self._layer, needed):
             output = self._single_wave(experts, hidden, ids, topk_weights, needed)
@@ -69,7 +70,7 @@ class SlotExperts:
     ) -> Tensor:
         """On a CPU: a missed expert is computed while its copy is still in the processor's cache.
 
-        An expert computes the same rows in the same order whatever is in the slots.
+        An expert computes the same rows in the same order whatever is in the slots; the library's sort changes the order.
         """
         pair_ids = ids.numpy().reshape(-1)  # [tokens * top_k]
         order = pair_ids.argsort(kind="stable")  # an expert's pairs side by side

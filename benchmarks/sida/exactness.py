@@ -45,10 +45,11 @@ def _logits(
     engine = build_engine(config, CheckpointExpertSource(Checkpoint.open(folder)))
     engine.start()
     try:
-        sinks = []
-        for number, sentence in enumerate(sentences):
-            sinks.append(AnswerSink())
-            engine.submit(GenerationRequest(f"s{number}", sentence, SamplingParams()), sinks[-1])
-        return torch.tensor([sink.result().label_logits for sink in sinks])
+        logits = []
+        for number, sentence in enumerate(sentences):  # alone: sums of a larger batch round otherwise
+            sink = AnswerSink()
+            engine.submit(GenerationRequest(f"s{number}", sentence, SamplingParams()), sink)
+            logits.append(sink.result().label_logits)
+        return torch.tensor(logits)
     finally:
         engine.stop()

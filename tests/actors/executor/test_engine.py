@@ -48,16 +48,19 @@ def start(folder: Path) -> Iterator[StartEngine]:
 
 
 class GatedSource(CheckpointExpertSource):
-    """Holds every fetch until the gate opens; or fails them."""
+    """Holds every fetch until the gate opens; or fails them, or has the prefetcher's overtake the others."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(Checkpoint.open(folder))
         self.gate, self.waiting = threading.Event(), threading.Event()
         self.error: Exception | None = None
+        self.on_demand_s = 0.0  # a fetch takes that long
         self.gate.set()
 
     def fetch(self, layer: int, expert_id: int) -> Tensor:
         self.waiting.set()
+        if threading.current_thread().name != "prefetcher":
+            time.sleep(self.on_demand_s)
         assert self.gate.wait(30)
         if self.error is not None:
             raise self.error
@@ -237,6 +240,7 @@ def test_right_table_is_prefetched_and_scored(start: StartEngine, folder: Path) 
     source = GatedSource(folder)
     limits = EngineLimits(max_batch_size=1, prefill_chunk_tokens=64, max_queued_requests=4)
     harness = start(num_slots=NUM_EXPERTS, source=source, limits=limits)
+    source.on_demand_s = 0.05
     source.gate.clear()
     source.waiting.clear()
     blocker = harness.submit([99], "blocker", max_tokens=1)

@@ -18,9 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """With several threads BLAS rounds a row by its place in the matrix, and the library's sort does not keep places:
-    then the library differs in the last bit from itself with its experts renumbered, and so do slots.
-    """
+    """Where every core is busy, several wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,6 +47,14 @@ def test_logits_are_bit_equal_to_all_resident(family: str, dtype: torch.dtype, t
     for num_slots, eviction in ((2, "lru"), (3, "fifo"), (5, "lru")):
         paged = run_all(folder, num_slots, dtype, eviction)
         assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True)), (num_slots, eviction)
+
+
+def test_several_threads_change_no_bit_either(tmp_path: Path) -> None:
+    """With them BLAS rounds a row by its place in the matrix, and the library's sort does not keep places."""
+    torch.set_num_threads(2)
+    folder = make_checkpoint("qwen3_moe", tmp_path)
+    resident, paged = (run_all(folder, num_slots, torch.float32) for num_slots in (NUM_EXPERTS, 3))
+    assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe", "llama4_text"])
