@@ -20,7 +20,7 @@ from benchmarks.sida.data.tasks import TaskName
 from benchmarks.sida.data.tokens import Vocabulary
 from benchmarks.sida.fused_norms import fuse_norms
 from benchmarks.sida.optimize import optimize
-from benchmarks.sida.router_losses import SkewCounter
+from benchmarks.sida.routers import SkewCounter
 from benchmarks.sida.sizes import Size
 from common.own_experts.switch_transformers import SwitchTransformersForSequenceClassification
 

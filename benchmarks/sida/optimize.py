@@ -15,6 +15,13 @@ _FINAL_LEARNING_RATE = 0.02  # of the peak
 _LOGS = 10  # of a run
 
 
+Speed = Callable[[str], float]
+
+
+def _same_speed(_name: str) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Linear warm-up, then a cosine over the minutes or the steps, whichever end first."""
@@ -35,10 +42,14 @@ class RelativeAdam:
     arXiv 1804.04235, section 8); one learning rate for all is too small for the ones or too large for the others.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._params: list[Tensor] = [param for param in model.parameters() if param.requires_grad]
+    def __init__(self, model: nn.Module, speed: Speed = _same_speed) -> None:
+        named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self._params: list[Tensor] = list(named.values())
         self._masters = [param.detach().float().clone() for param in self._params]
-        self._scales = [max(_MIN_SCALE, float(master.square().mean().sqrt())) for master in self._masters]
+        self._scales = [
+            speed(name) * max(_MIN_SCALE, float(master.square().mean().sqrt()))
+            for name, master in zip(named, self._masters, strict=True)
+        ]
         self._adam = torch.optim.Adam(
             [{"params": [master]} for master in self._masters], betas=_BETAS, fused=True
         )
@@ -68,6 +79,7 @@ def optimize(
     schedule: Schedule,
     step_loss: Callable[[], Tensor],
     check: Callable[[float], dict[str, float]] = lambda progress: {},
+    speed: Speed = _same_speed,
 ) -> Curve:
     """Minimise; the model is in training mode during steps and in evaluation mode in the end.
 
@@ -75,8 +87,9 @@ def optimize(
         step_loss: the loss of the next batch.
         check: called some ten times with the share that is spent, the last time with 1; what it returns goes into
             the curve.
+        speed: factors of the learning rate by a parameter's name.
     """
-    optimizer = RelativeAdam(model)
+    optimizer = RelativeAdam(model, speed)
     curve, losses = Curve(), list[Tensor]()
     started, progress, next_log = time.monotonic(), 0.0, 0.0
     model.train()

@@ -18,9 +18,9 @@ from benchmarks.sida.data.build import read_text
 from benchmarks.sida.data.sources import Part
 from benchmarks.sida.data.tokens import Vocabulary
 from benchmarks.sida.fused_norms import fuse_norms
-from benchmarks.sida.models import ROUTER_SCALE, trained_config
+from benchmarks.sida.models import trained_config
 from benchmarks.sida.optimize import optimize
-from benchmarks.sida.router_losses import SkewCounter, router_losses
+from benchmarks.sida.routers import SkewCounter, balance_loss
 from benchmarks.sida.sizes import Size
 from common.own_experts.switch_transformers import OwnSwitchTransformersForConditionalGeneration
 
@@ -57,11 +57,12 @@ def pretrain(
     """Write a checkpoint with its tokenizer into the folder; returns what happened."""
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = trained_config(size.shape, num_experts, vocabulary)
+    routers = size.routers
+    config = trained_config(size.shape, num_experts, vocabulary, routers.aux_loss)
     with device:  # where a billion random numbers take no time
         model = OwnSwitchTransformersForConditionalGeneration(config)
     for router in find_routers(model)[0]:
-        router.get_parameter("classifier.weight").data *= ROUTER_SCALE
+        router.get_parameter("classifier.weight").data *= routers.scale
     model.to(dtype)
     fuse_norms(model)
     corruption = windows.corruption("train")
@@ -72,14 +73,21 @@ def pretrain(
         batch = corruption.draw(size.pretraining_batch, generator)
         with recorded_router_logits(model) as logits:
             loss = target_loss(model, batch)
-        return loss + router_losses(logits)
+        return loss + routers.aux_loss * balance_loss(logits)
 
-    curve = optimize(model, size.pretraining, step_loss, lambda _: {"perplexity": perplexity(model, checked)})
+    curve = optimize(
+        model,
+        size.pretraining,
+        step_loss,
+        lambda _: {"perplexity": perplexity(model, checked)},
+        lambda name: routers.speed if ".router." in name else 1.0,
+    )
     tested = windows.evaluated("test", size.evaluated_windows)
     record = {
         "experts": num_experts,
         "parameters": model.num_parameters(),
         "shape": asdict(size.shape),
+        "routers": asdict(routers),
         "steps": curve.steps,
         "seconds": round(curve.seconds, 1),
         "tokens_seen": curve.steps * size.pretraining_batch * size.window_tokens,

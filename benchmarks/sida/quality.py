@@ -24,6 +24,7 @@ all of them then only reads what those have found.
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ import torch
 from benchmarks.conditions import conditions
 from benchmarks.sida.arguments import SidaArguments, parser
 from benchmarks.sida.data.tasks import TASKS
+from benchmarks.sida.models import RouterTraining
 from benchmarks.sida.quality_plot import plot
 from benchmarks.sida.quality_table import print_tables
 from benchmarks.sida.task_quality import measure_exactness, measure_task
@@ -40,6 +42,9 @@ from benchmarks.sida.workshop import Workshop
 
 class QualityArguments(SidaArguments):
     minutes: float | None
+    router_scale: float
+    router_speed: float
+    aux_loss: float
     no_engine: bool
 
 
@@ -47,6 +52,10 @@ def parse_arguments() -> QualityArguments:
     made = parser(__doc__)
     made.add_argument("--experts", type=int, nargs="+", help="default: 8 and 32 (cpu), 8, 64 and 128 (full)")
     made.add_argument("--minutes", type=float, help="of training for each number of experts")
+    routers = RouterTraining()
+    made.add_argument("--router-scale", type=float, default=routers.scale, help="of routers' initial weights")
+    made.add_argument("--router-speed", type=float, default=routers.speed, help="of routers' learning rate")
+    made.add_argument("--aux-loss", type=float, default=routers.aux_loss, help="weight of balancing")
     made.add_argument("--no-engine", action="store_true", help="leave the exact mode out")
     return made.parse_args(namespace=QualityArguments())
 
@@ -54,7 +63,8 @@ def parse_arguments() -> QualityArguments:
 def measure(arguments: QualityArguments) -> dict[str, Any]:
     started = time.perf_counter()
     size = arguments.numbers if arguments.minutes is None else arguments.numbers.within(arguments.minutes)
-    workshop = Workshop.of(arguments, size)
+    routers = RouterTraining(arguments.router_scale, arguments.router_speed, arguments.aux_loss)
+    workshop = Workshop.of(arguments, replace(size, routers=routers))
     record: dict[str, Any] = {"benchmark": "sida_quality", "text": [], "tasks": [], "exact": []}
 
     def add(kind: str, row: dict[str, Any]) -> None:

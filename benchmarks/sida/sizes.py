@@ -1,12 +1,12 @@
 """What `--size cpu` and `--size full` mean: one place for every number that differs between a laptop and a GPU."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from benchmarks.sida.data.build import DataSize
 from benchmarks.sida.data.tasks import TASKS, TaskName
 from benchmarks.sida.hash_functions import NETWORKS, HashTraining
-from benchmarks.sida.models import BaseShape, TrainedShape
+from benchmarks.sida.models import BaseShape, RouterTraining, TrainedShape
 from benchmarks.sida.optimize import Schedule
 
 
@@ -33,6 +33,7 @@ class Size:
     evaluated_windows: int  # of corrupted test text
     hash_training: HashTraining
     speed: SpeedSize
+    routers: RouterTraining = field(default_factory=RouterTraining)
 
     @property
     def training_minutes(self) -> float:
@@ -102,17 +103,17 @@ SIZES = {
         shape=TrainedShape(d_model=384, d_ff=768, d_kv=64, num_heads=6, encoder_layers=6, decoder_layers=4),
         window_tokens=256,
         pretraining_batch=128,
-        pretraining=Schedule(minutes=1.5, learning_rate=2e-2, warmup_steps=100),
+        pretraining=Schedule(minutes=2.0, learning_rate=2e-2, warmup_steps=100),
         finetuning_batch_tokens=16_384,
         finetuning={
-            "short": Schedule(minutes=0.35, learning_rate=5e-3, warmup_steps=30),
-            "pair": Schedule(minutes=0.35, learning_rate=5e-3, warmup_steps=30),
-            "long": Schedule(minutes=0.8, learning_rate=5e-3, warmup_steps=30),
+            "short": Schedule(minutes=0.45, learning_rate=3e-3, warmup_steps=30),
+            "pair": Schedule(minutes=0.5, learning_rate=3e-3, warmup_steps=30),
+            "long": Schedule(minutes=1.1, learning_rate=3e-3, warmup_steps=30),
         },
         evaluated_windows=2048,
         hash_training=HashTraining(
-            minutes=0.4,
-            task_minutes=0.25,
+            minutes=0.45,
+            task_minutes=0.3,
             warmup_steps=30,
             evaluate_every=100,
             batch_tokens=16_384,

@@ -148,7 +148,8 @@ def test_every_number_of_slots_computes_the_same(tmp_path: Path, capsys: pytest.
 
 
 def test_stops_at_the_time_limit_with_what_there_is(tmp_path: Path) -> None:
-    command = ["--device", "cpu", "--tiny", "--layers", "1", "--slots", "25%", "--time-limit-s", "0"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = ["--device", device, "--tiny", "--layers", "1", "--slots", "25%", "--time-limit-s", "0"]
     decode.main([*command, "--out", str(tmp_path / "results.json")])
     [row] = json.loads((tmp_path / "results.json").read_text())["results"]
     assert row["what"] == "skipped" and "no time" in row["reason"]

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.sida.models import AUX_LOSS, Z_LOSS
 
-
-def router_losses(logits: Sequence[Tensor]) -> Tensor:
-    """Load balancing (arXiv 2101.03961, equation 4) and z-loss (arXiv 2202.08906, equation 5), summed over layers.
+def balance_loss(logits: Sequence[Tensor]) -> Tensor:
+    """Load balancing (arXiv 2101.03961, equation 4), summed over layers.
 
     Queues work alone: nothing waits for the device.
 
@@ -22,8 +20,7 @@ def router_losses(logits: Sequence[Tensor]) -> Tensor:
         num_tokens, num_experts = of_layer.shape
         shares = of_layer.new_full((num_tokens,), 1 / num_tokens)
         chosen = of_layer.new_zeros(num_experts).index_add(0, of_layer.argmax(-1), shares)
-        balance = num_experts * (chosen * of_layer.softmax(-1).mean(0)).sum()
-        losses.append(AUX_LOSS * balance + Z_LOSS * of_layer.logsumexp(-1).square().mean())
+        losses.append(num_experts * (chosen * of_layer.softmax(-1).mean(0)).sum())
     return torch.stack(losses).sum()
 
 
