@@ -1,8 +1,10 @@
 """What all tests share: one Ray cluster and one Serve HTTP port per session. Knows no part of the system.
 
-`make test` runs them in two processes: those of the cluster, which mostly wait, in one, the rest file by file.
+`make test` runs them in two processes: those of that cluster in one; the rest, first what starts a cluster of its own,
+file by file in the other.
 """
 
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 # Read by Ray when it is imported, so they are set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # of 5, a busy machine needs more
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the threads of two processes would wait for each other
 if not torch.cuda.is_available():
@@ -26,10 +29,19 @@ OBJECT_STORE_BYTES = 600_000_000
 
 @pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of `--dist loadgroup`."""
+    """The groups of `--dist loadgroup`, the longest first."""
     for item in items:
-        group = "cluster" if item.get_closest_marker("cluster") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group("cluster" if _shares_cluster(item) else item.path.name))
+    items.sort(key=lambda item: (not _shares_cluster(item), item.get_closest_marker("cluster") is None))
+
+
+def _shares_cluster(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "ray_cluster" in item.fixturenames
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not look through it again and again."""
+    gc.freeze()
 
 
 def free_port() -> int:

@@ -10,22 +10,34 @@ from typing import Any
 import httpx
 from ray import serve
 
+from actors.predictor.hash_function import save_hash_function
 from deployments.app import build
+from tests.actors.predictor.conftest import make_function
+from tests.deployments.fakes import VOCAB_SIZE, write_tokenizer
+from tests.tiny_models import make_checkpoint
 
 NUM_TOKENS = 10
 EXACT_APP = "exact"  # of the fixture `exact`
 DEADLINE_S = 120.0
 
 
+def make_complete_checkpoint(folder: Path, **config: Any) -> Path:
+    """A tiny model with a tokenizer and a (random) hash function."""
+    make_checkpoint("qwen3_moe", folder, vocab_size=VOCAB_SIZE, **config)
+    write_tokenizer(folder)
+    save_hash_function(make_function(folder), folder / "hash_function")
+    return folder
+
+
 @contextmanager
 def running(serve_url: str, app: str, folder: Path, **settings: Any) -> Iterator[httpx.Client]:
-    """The application under a route of its own; stopped at the end."""
+    """The application under a route of its own; told to stop at the end, while the next test begins."""
     serve.run(build({"model": str(folder), **settings}), name=app, route_prefix=f"/{app}")
     try:
         with httpx.Client(base_url=f"{serve_url}/{app}", timeout=DEADLINE_S) as client:
             yield client
     finally:
-        serve.delete(app)
+        serve.delete(app, _blocking=False)
 
 
 def complete(client: httpx.Client, prompt: list[int], **fields: Any) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Deployments that stand behind the real ingress in cluster tests; they echo, fail and hang by the prompt's text."""
+"""Deployments that stand behind the real ingress in cluster tests; they echo, fail and hang by the prompt's text.
+
+Each runs in a process of its own, so that only the one that needs a tokenizer imports the library.
+"""
 
 import asyncio
 import os
@@ -8,20 +11,22 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from common.generation import GenerationChunk, GenerationRequest
-from tests.deployments.fakes import byte_tokenizer, echo, raise_early
 
 
 class FakeExecutor:
     def __init__(self) -> None:
+        from tests.deployments import fakes
+
+        self.fakes = fakes
         self.running: set[str] = set()
         self.cancelled: set[str] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
-        text = byte_tokenizer().decode(list(request.prompt_token_ids))
-        raise_early(text)
+        text = self.fakes.byte_tokenizer().decode(list(request.prompt_token_ids))
+        self.fakes.raise_early(text)
         self.running.add(request.request_id)
         try:
-            async for chunk in echo(request):
+            async for chunk in self.fakes.echo(request):
                 yield chunk
                 if text == "dies":
                     os._exit(1)

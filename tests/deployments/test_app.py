@@ -13,6 +13,7 @@ import torch
 from actors.expert_store.loads import ExpertLoads
 from common.architecture import load_config
 from common.config import ServingConfig
+from deployments.__main__ import main
 from deployments.app import build, checked_config, served_model
 from deployments.ingress import ServedModel
 from tests.tiny_models import VOCAB_SIZE, make_checkpoint, make_model
@@ -144,18 +145,21 @@ def test_names_a_resident_set_of_another_model(tmp_path: Path) -> None:
     assert text.startswith(f"resident_set={str(loads)!r} is not possible: its loads are of model 0123")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        [str(SERVE), "run", "--name", "sida", "deployments.app:build", "expert_slot=4"],
-        [sys.executable, "-m", "deployments", "expert_slot=4"],
-    ],
-    ids=["serve run", "python -m deployments"],
-)
-def test_the_command_line_ends_with_that_line(command: list[str]) -> None:
+EXPECTED = "Error: expert_slot='4' is not possible: there is no such key; did you mean expert_slots?"
+
+
+def test_the_command_line_ends_with_that_line() -> None:
+    command = [str(SERVE), "run", "--name", "sida", "deployments.app:build", "expert_slot=4"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
-    expected = "Error: expert_slot='4' is not possible: there is no such key; did you mean expert_slots?"
-    assert ended.stderr.strip().splitlines()[-1] == expected
+    assert ended.stderr.strip().splitlines()[-1] == EXPECTED
     assert "Traceback" not in ended.stderr
+
+
+def test_our_command_ends_with_that_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["deployments", "expert_slot=4"])
+    was_running = ray.is_initialized()
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == EXPECTED, "which Python prints, and nothing else, with status 1"
+    assert ray.is_initialized() == was_running

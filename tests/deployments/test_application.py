@@ -62,16 +62,6 @@ def test_what_happens_can_be_watched(exact: httpx.Client) -> None:
     assert "<title>sida-serve</title>" in exact.get("/").text
 
 
-def test_predicted_routing_serves_other_tokens_than_the_routers(
-    serve_url: str, exact: httpx.Client, exact_folder: Path
-) -> None:
-    settings = {"model_name": "tiny", "routing": "predicted"}
-    with running(serve_url, "lossy", exact_folder, **settings) as client:
-        predicted = complete(client, PROMPTS[0])
-    assert predicted["choices"][0]["text"] != complete(exact, PROMPTS[0])["choices"][0]["text"]
-    assert predicted["usage"]["experts"]["predicted"] == predicted["usage"]["experts"]["needed"]
-
-
 def test_classifies_the_texts_of_concurrent_clients(serve_url: str, tmp_path: Path) -> None:
     folder = make_classifier_checkpoint(tmp_path, ("no", "perhaps", "yes"))
     model = SwitchTransformersForSequenceClassification.from_pretrained(folder).eval()

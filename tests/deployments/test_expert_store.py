@@ -18,7 +18,6 @@ from tests.tiny_models import make_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("serve_url")]
 
-APP = "expert-store-test"
 TIMEOUT_S = 90.0
 
 
@@ -35,17 +34,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def running() -> Iterator[None]:
-    yield
-    serve.delete(APP)
+def app(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Named after the test; told to stop at its end, while the next one begins."""
+    name = str(request.node.name)
+    yield name
+    serve.delete(name, _blocking=False)
 
 
-def run_store(folder: Path) -> DeploymentHandle:
+def run_store(folder: Path, app: str) -> DeploymentHandle:
     config = ServingConfig.from_args({"model": str(folder)})
     deployment = serve.deployment(StoreWithPid).options(
         ray_actor_options={"num_cpus": 0.1}, health_check_period_s=1, max_constructor_retry_count=1
     )
-    return serve.run(deployment.bind(config), name=APP, route_prefix=None)
+    return serve.run(deployment.bind(config), name=app, route_prefix=None)
 
 
 def directory_of(handle: DeploymentHandle) -> ExpertDirectory:
@@ -66,9 +67,8 @@ def wait_for_new_generation(handle: DeploymentHandle, old: str) -> str:
     raise AssertionError(f"no generation after {old} within {TIMEOUT_S} s")
 
 
-@pytest.mark.usefixtures("running")
-def test_a_killed_store_comes_back_with_all_experts(folder: Path) -> None:
-    handle = run_store(folder)
+def test_a_killed_store_comes_back_with_all_experts(folder: Path, app: str) -> None:
+    handle = run_store(folder, app)
     before = directory_of(handle)
     held = ray.get(list(before.refs.values()))  # what an executor on this node has resolved
     copies = [slab.copy() for slab in held]
@@ -84,12 +84,11 @@ def test_a_killed_store_comes_back_with_all_experts(folder: Path) -> None:
     assert handle.describe.remote().result(timeout_s=TIMEOUT_S)["state"] == "ready"
 
 
-@pytest.mark.usefixtures("running")
-def test_a_damaged_checkpoint_fails_the_deployment_and_says_why(folder: Path) -> None:
+def test_a_damaged_checkpoint_fails_the_deployment_and_says_why(folder: Path, app: str) -> None:
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(RuntimeError):
-        run_store(folder)
-    [deployment] = serve.status().applications[APP].deployments.values()
+        run_store(folder, app)
+    [deployment] = serve.status().applications[app].deployments.values()
     assert (
         f"checkpoint {folder / 'model.safetensors'}: is truncated or no safetensors file"
         in deployment.message

@@ -30,7 +30,8 @@ from tests.deployments.application import (
 
 pytestmark = pytest.mark.cluster
 
-LONG = 450  # tokens: enough that something can happen meanwhile
+LONG = 450  # tokens: enough that a process can be killed meanwhile
+TABLE_TOKENS = 200  # enough that a table can come meanwhile
 
 
 def long_request(**fields: Any) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def test_requests_run_on_demand_while_a_killed_predictor_comes_back(exact: httpx
 def test_an_unusable_table_is_counted_and_does_no_harm(exact: httpx.Client) -> None:
     ids = np.zeros((2, len(PROMPTS[0]), 2), np.uint16)
     other = HashTable(ids, np.ones(ids.shape, np.float16), "another", "hash_function", "1")
-    tokens = token_names(complete(exact, PROMPTS[0], max_tokens=LONG))
+    tokens = token_names(complete(exact, PROMPTS[0], max_tokens=TABLE_TOKENS))
     with predictor_stopped():
         for data in (b"nonsense", other.to_bytes()):
             before = tables(exact, "unusable")
@@ -133,7 +134,9 @@ def test_an_unusable_table_is_counted_and_does_no_harm(exact: httpx.Client) -> N
 def tokens_with_table(client: httpx.Client, data: bytes) -> list[str]:
     """Of a stream whose table comes once it has begun, from here."""
     names, is_first = list[str](), True
-    with client.stream("POST", "/v1/completions", json=long_request(logprobs=0)) as response:
+    with client.stream(
+        "POST", "/v1/completions", json=long_request(max_tokens=TABLE_TOKENS, logprobs=0)
+    ) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 piece = json.loads(line.removeprefix("data: "))

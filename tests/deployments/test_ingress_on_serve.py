@@ -48,7 +48,7 @@ def url(serve_url: str, model_folder: Path) -> Iterator[str]:
     ]
     serve.run(ingress.bind(config, ServedModel(VOCAB_SIZE), *fakes), name=APP, route_prefix="/ingress_test")
     yield f"{serve_url}/ingress_test"
-    serve.delete(APP)
+    serve.delete(APP, _blocking=False)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_another_application_calls_with_plain_dicts(url: str) -> None:
     full = other.ask.remote({"prompt": "full"}).result(timeout_s=60)
     assert "RuntimeError" in full["raised"]
     assert json.dumps("queue_full") in full["text"]
-    serve.delete("other")
+    serve.delete("other", _blocking=False)
 
 
 def test_the_example_application_completes_and_streams(url: str, serve_url: str) -> None:
@@ -248,7 +248,7 @@ def test_the_example_application_completes_and_streams(url: str, serve_url: str)
         assert "".join(response.iter_text()) == "abcdab"
     refused = httpx.post(f"{serve_url}/review", content="", timeout=60)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
-    serve.delete("review")
+    serve.delete("review", _blocking=False)
 
 
 def test_a_dead_executor_is_a_503_and_is_replaced(url: str, client: openai.OpenAI) -> None:

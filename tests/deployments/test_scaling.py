@@ -43,7 +43,7 @@ def client(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     serve.run(application, name=APP, route_prefix=f"/{APP}")
     with httpx.Client(base_url=f"{serve_url}/{APP}", timeout=DEADLINE_S) as client:
         yield client
-    serve.delete(APP)
+    serve.delete(APP, _blocking=False)
 
 
 def replicas() -> dict[str, int]:

@@ -101,7 +101,7 @@ steps = st.lists(st.tuples(st.integers(0, NUM_LAYERS - 1), expert_ids), max_size
 
 
 @given(steps=steps, num_slots=st.integers(2, NUM_EXPERTS - 1), look_every=st.integers(1, 4))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 def test_the_device_shows_what_the_host_shows(
     device: str, steps: list[tuple[int, list[int]]], num_slots: int, look_every: int
 ) -> None:

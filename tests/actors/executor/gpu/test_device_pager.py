@@ -59,7 +59,7 @@ steps = st.lists(st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(1, 3).fla
 
 
 @given(steps=steps, num_slots=st.integers(2, NUM_EXPERTS - 1), eviction=st.sampled_from(["lru", "fifo"]))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_device_pages_as_the_host_does(
     device: str, steps: list[tuple[int, list[list[int]]]], num_slots: int, eviction: str
 ) -> None:
@@ -256,7 +256,7 @@ def test_no_budget_no_prefetch(device: str) -> None:
 
 
 @given(seed=st.integers(0, 10_000), num_slots=st.integers(4, NUM_EXPERTS - 1))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 def test_wrong_guesses_never_change_what_is_computed(device: str, seed: int, num_slots: int) -> None:
     pager = make_device_pager(num_slots, "lfu", device)
     generator = torch.Generator().manual_seed(seed)

