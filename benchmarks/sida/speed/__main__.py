@@ -2,7 +2,8 @@
 
 Shapes of Switch-base's encoder (12 layers, every other one sparse, d_model 768, d_ff 3072), random weights, a classifier
 of two labels; sentences are real ones as long as those of SST-2, MRPC and MultiRC. Every system computes the same
-routing of the same sentences, one after the other, and all logits are compared. The systems:
+routing of the same sentences, one after the other, and all logits are compared: with the first system's, and those of this
+project's engine, which must not differ by a bit, with its first ones. The systems:
 
 - *loop*: the library's model, every expert on the device and visited, with tokens or without, as the published baseline
   does. *skip-empty*: those with tokens are visited, one synchronisation a layer. *grouped*: by the library's grouped GEMM.
@@ -111,6 +112,7 @@ class Case:
     figures: Row
     runs: Runs
     reference: list[Tensor] | None = None  # logits of the first system
+    of_engine: list[Tensor] | None = None  # of the first that is this project's engine
 
     @property
     def sentences(self) -> list[Sentence]:
@@ -119,11 +121,14 @@ class Case:
     def runs_system(self, system: str) -> bool:
         return self.figures["padding"] == "unpadded" or system in PADDED_SYSTEMS
 
-    def difference(self, logits: list[Tensor]) -> float:
-        """The largest one from the reference, which these are if there is none."""
+    def differences(self, system: str, logits: list[Tensor]) -> Row:
+        """The largest from the first system's, and from the engine's first ones; these are them if there are none."""
         self.reference = self.reference or logits
-        pairs = zip(logits, self.reference, strict=True)
-        return max(float((one - other).abs().max()) for one, other in pairs)
+        found = {"logit_difference": _largest_difference(logits, self.reference)}
+        if system not in RESIDENT_SYSTEMS:
+            self.of_engine = self.of_engine or logits
+            found["engine_difference"] = _largest_difference(logits, self.of_engine)
+        return found
 
 
 class Benchmark:
@@ -251,7 +256,7 @@ class Benchmark:
             "slots": num_slots,
             **found,
             **limits_ms(host, case.sentences, found, self._rates),
-            "logit_difference": round(case.difference(logits), 6),
+            **case.differences(system, logits),
         }
         self._rows.append(row)
         print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
@@ -285,6 +290,11 @@ class Benchmark:
 
     def _is_over(self) -> bool:
         return time.perf_counter() - self._started > self._arguments.time_limit_s
+
+
+def _largest_difference(logits: list[Tensor], others: list[Tensor]) -> float:
+    pairs = zip(logits, others, strict=True)
+    return round(max(float((one - other).abs().max()) for one, other in pairs), 6)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -69,7 +69,7 @@ class HostModel:
 
     @contextmanager
     def slots(self, num_slots: int, eviction: str) -> Iterator[SlotModel]:
-        """Within the context the model has that many slots per layer, empty at first."""
+        """Within the context the model has that many slots per layer, empty at first but where every expert has one."""
         self._release_memory()
         slot_model = attach_slots(
             self.model, self.layout, num_slots, lambda pools, num_experts: self._pager(pools, eviction)
@@ -90,7 +90,10 @@ class HostModel:
             return HostPager(self.source, pools, self.num_experts, EVICTION_POLICIES[eviction], self.device)
         from actors.executor.gpu.pager import DevicePager  # needs Triton
 
-        return DevicePager(self.source, pools, self.num_experts, self.host_experts, eviction)
+        pager = DevicePager(self.source, pools, self.num_experts, self.host_experts, eviction)
+        if pager.holds_all:
+            pager.load_all()
+        return pager
 
     def _detach(self) -> None:
         for module in self.experts:

@@ -122,7 +122,6 @@ def test_a_task_leaves_its_hash_functions_and_the_routing_of_its_test_sentences(
 def test_the_engine_with_few_slots_loses_nothing(workshop: Workshop) -> None:
     row = measure_exactness(workshop, 4, "short")
     assert row["largest_logit_difference"] == 0
-    assert row["largest_logit_difference"] == 0.0
 
 
 def test_perplexity_without_routers_is_beside_that_with_them(workshop: Workshop) -> None:

@@ -140,6 +140,7 @@ def test_all_systems_run_on_recorded_routing(
         *(("padded", system) for system in speed.PADDED_SYSTEMS),
     }
     assert max(row["logit_difference"] for row in record["results"]) < 1e-4
+    assert not any(row.get("engine_difference", 0.0) for row in record["results"])
     assert {row["system"] for row in record["summary"]} == {"on-demand", "sida", "sida-exact", "oracle"}
 
 
