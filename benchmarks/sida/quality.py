@@ -2,7 +2,8 @@
 
 Trains, for each number of experts, a Switch Transformer from scratch on corrupted source text of this machine, and a
 classifier of each task from it; then hash functions on the routing of training text: the paper's network and ours, as long
-as each other. What the work folder has is not made again. On the test part, without padding:
+as each other. What the work folder has is not made again, whatever the options: give others a folder of their own. On the
+test part, without padding:
 
 - *hit rate*: the routers' first choice is the first, or among the first three, that are predicted; mean over layers. Beside
   it that of the experts which were most frequent for the token's id. Mind the routers' skew: collapsed routing is predicted
