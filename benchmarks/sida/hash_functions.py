@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.predictor.calibration import calibrate
@@ -77,10 +78,18 @@ class Traced(Protocol):
 
 
 class TracedTask:
-    """A task's examples through the encoder of its classifier."""
+    """A task's examples through the encoder of its classifier.
 
-    def __init__(self, tracer: RoutingTracer, part: TaskPart, batch_tokens: int) -> None:
-        self._tracer, self._part, self._batch_tokens = tracer, part, batch_tokens
+    Args:
+        text: [tokens] int64; windows of it, as long as the examples, come between those that are drawn. A hash function needs
+            no labels, and examples are few.
+    """
+
+    def __init__(
+        self, tracer: RoutingTracer, part: TaskPart, batch_tokens: int, text: Tensor | None = None
+    ) -> None:
+        self._tracer, self._part, self._batch_tokens, self._text = tracer, part, batch_tokens, text
+        self._lengths = torch.from_numpy(part.lengths)
 
     def header(self) -> TraceHeader:
         sample = next(batches(self._part, self._batch_tokens, torch.device("cpu")))
@@ -89,6 +98,17 @@ class TracedTask:
     def traces(self, generator: torch.Generator | None) -> Iterator[TraceBatch]:
         for batch in batches(self._part, self._batch_tokens, torch.device("cpu"), generator):
             yield self._tracer.trace(batch.ids, batch.mask)
+            if generator is not None and self._text is not None:
+                yield self._tracer.trace(*self._windows(self._text, generator))
+
+    def _windows(self, text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Ids and mask [windows, tokens]."""
+        count = max(1, int(self._batch_tokens / float(self._lengths.float().mean())))
+        lengths = self._lengths[torch.randint(len(self._lengths), (count,), generator=generator)]
+        places = torch.arange(int(lengths.max()))
+        starts = torch.randint(len(text) - len(places) + 1, (count,), generator=generator)
+        mask = places < lengths[:, None]
+        return text[starts[:, None] + places].masked_fill(~mask, 0), mask
 
 
 class TracedText:

@@ -16,7 +16,7 @@ from actors.predictor.network import HashFunction
 from actors.predictor.traces import TraceBatch
 from actors.predictor.tracing import RoutingTracer
 from benchmarks.sida.batches import Batch
-from benchmarks.sida.data.build import TaskPart, read_task
+from benchmarks.sida.data.build import TaskPart, read_task, read_text
 from benchmarks.sida.data.sources import PARTS, Part
 from benchmarks.sida.data.tasks import MIRRORED, TaskName
 from benchmarks.sida.data.tokens import NO_TOKEN
@@ -104,9 +104,10 @@ class _TaskQuality:
         return list(islice(traced.traces(None), most))
 
     def _train(self, network: str, held_out: Sequence[TraceBatch]) -> HashFunction:
+        text = torch.from_numpy(read_text(self._workshop.data, "train")).long()
         return train_hash_function(
             self._made.folder,
-            TracedTask(self._tracer, self._parts["train"], self._training.batch_tokens),
+            TracedTask(self._tracer, self._parts["train"], self._training.batch_tokens, text),
             held_out,
             network,
             self._training,

@@ -79,6 +79,22 @@ def test_routing_by_the_routers_own_decisions_changes_no_answer(workshop: Worksh
         )
 
 
+def test_windows_of_text_as_long_as_the_examples_come_between_them(workshop: Workshop) -> None:
+    folder = workshop.classifier(4, "short").folder
+    model = load_resident_model(folder, CPU, torch.float32)
+    tracer, part = RoutingTracer(model, folder, stack="encoder"), read_task(workshop.data, "short", "train")
+    text = torch.arange(1, 1000)
+    drawn = list(TracedTask(tracer, part, 64, text).traces(torch.Generator().manual_seed(0)))
+    examples, windows = drawn[::2], drawn[1::2]
+    assert len(windows) == len(examples) > 1
+    for each in windows:
+        lengths = each.mask.sum(1)
+        assert set(lengths.tolist()) <= set(part.lengths.tolist())
+        for ids, length in zip(each.token_ids, lengths.tolist(), strict=True):
+            assert torch.equal(ids[:length], torch.arange(int(ids[0]), int(ids[0]) + length))
+    assert sum(len(each.token_ids) for each in examples) == len(part.labels)
+
+
 @pytest.mark.parametrize("network", list(NETWORKS))
 def test_a_hash_function_learns_routing_that_follows_from_tokens(workshop: Workshop, network: str) -> None:
     folder = workshop.classifier(4, "short").folder
