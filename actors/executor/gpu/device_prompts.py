@@ -41,8 +41,9 @@ class QueuedPasses(ABC):
         self._run(self._new_pass(prompts))
         for layer in range(self._clock.num_layers):  # not all of them lie at equally aligned addresses
             self._pager.prefetch_used(layer, [0])  # as a hash table does
+            self._pager.join()  # as the layer itself does: two at once would break its page table
             self._pager.prefetch_ahead(layer, [0])
-        self._pager.join()
+            self._pager.join_ahead(layer)
 
     @abstractmethod
     def _new_pass(self, prompts: PackedTokens) -> PromptPass: ...

@@ -1,5 +1,6 @@
 """The engine on a CUDA device: the same tokens and bits as with every expert in place. Not in CI, which has no GPU."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from torch import Tensor
 from actors.executor.drivers import new_passes
 from actors.executor.engine import EngineLimits
 from actors.executor.gpu.graph_decoder import GraphDecoder
+from actors.executor.pager import Pager
 from actors.executor.passes import Pass
 from actors.executor.runner import ModelRunner, RowInput
 from actors.executor.sequence import PromptChunk, Sequence
+from benchmarks.gpu.page_checks import broken_page_tables, wrong_slots
 from common.generation import GenerationRequest, SamplingParams
 from common.hash_table import HashTable
 from tests.actors.executor.harness import (
@@ -103,6 +106,37 @@ def decode_logits(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tens
         logits.append(decoder._buckets[4].logits[:3].clone())
     model.pager.close()
     return logits
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_page_tables_and_slots_agree_after_warm_up_and_after_every_step(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    for num_slots in (3, 5, 7):
+        model = slot_model(folder, num_slots, device="cuda", on_device=True)
+        runner = ModelRunner(model, num_rows=4, max_tokens=64)
+        runner.run([RowInput(0, 0, (0,))], Pass(1))
+        limits = EngineLimits(max_batch_size=3, prefill_chunk_tokens=64, max_queued_requests=1)
+        prompts, decoder = new_passes(model, runner, limits, top_k=TOP_K)
+        sequences = []
+        assert_pages_agree(model.pager)
+        for row, prompt in enumerate(PROMPTS):
+            request = GenerationRequest(
+                f"r{row}", tuple(prompt), SamplingParams(max_tokens=9, temperature=0.0)
+            )
+            sequences.append(Sequence.of(request, QueueSink(), None))
+            sequences[-1].row = row
+            chunks = [PromptChunk.next_of(sequences[-1], 64)]
+            decoder.first(sequences[-1:], prompts.read(chunks, lambda _: None, paced=False).logits)
+            assert_pages_agree(model.pager)
+        for size in (1, 3, 1, 2):
+            decoder.launch(sequences[:size]).result()
+            assert_pages_agree(model.pager)
+        model.pager.close()
+
+
+def assert_pages_agree(pager: Pager) -> None:
+    torch.cuda.synchronize()
+    assert [*broken_page_tables(pager), *wrong_slots(pager, random.Random(0))] == []
 
 
 def run_all(folder: Path, num_slots: int, dtype: torch.dtype) -> list[Tensor]:
