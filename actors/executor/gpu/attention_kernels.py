@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.executor.gpu.chained_launch import chained, wait_for_previous
+
 _SPLIT_BYTES = 64 << 10  # keys and values of one split, held in shared memory at once
 _MAX_SPLIT = 128  # keys
 _HEADS_PER_PROGRAM = 16  # the smallest tile of the tensor cores
@@ -51,8 +53,9 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     q_norm_ptr, k_norm_ptr, eps,  # [D] or None
     q_ptr, key_cache_ptr, value_cache_ptr,  # [batch, NUM_Q, D], [rows, NUM_KV, num_tokens, D], the same
     num_tokens,
-    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(CHAINED)
     item = tl.program_id(0)
     head = tl.program_id(1)  # queries, then keys, then values
     dims = tl.arange(0, BLOCK_D)
@@ -107,6 +110,7 @@ def rotate_and_store(
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=1,
         enable_fp_fusion=False,  # the library rounds both products, also in fp32
+        **chained(qkv.device),
     )  # fmt: skip
     return q
 
@@ -137,9 +141,10 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     num_tokens, num_splits, window, chunk,
     scale, softcap,  # scale leads to powers of two; with a softcap, into the tanh, and softcap to powers of two
     HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Every so many splits of one row and key/value head, for BLOCK_G of the query heads that share it."""
+    wait_for_previous(CHAINED)
     dtype = q_ptr.dtype.element_ty
     item = tl.program_id(2)
     blocks_per_group: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
@@ -189,9 +194,10 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     positions_ptr, sinks_ptr,  # [batch], [heads] or None
     output_ptr,  # [batch, heads, DV]
     num_splits, window, chunk,
-    LOG2_E: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+    LOG2_E: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_DV dims of one head: the splits' sums, brought to one maximum, over their total."""
+    wait_for_previous(CHAINED)
     head = tl.program_id(1)
     line = tl.program_id(0) * tl.num_programs(1) + head
     dims = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -273,12 +279,13 @@ def decode_attention(
         BLOCK_G=_HEADS_PER_PROGRAM, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLIT=split,
         num_warps=8,
         num_stages=2,  # one buffer each, filled by asynchronous copies: keys and values are under way together
+        **chained(q.device),
     )  # fmt: skip
     output = q.new_empty(batch, num_heads, value_dim)
     block_dv = min(block_dv, 64)
     _merge_kernel[(batch, num_heads, triton.cdiv(value_dim, block_dv))](
         sums, maxima, totals, positions, sinks, output, num_splits, window, chunk,
         LOG2_E=_LOG2_E, DV=value_dim, BLOCK_DV=block_dv, SPLIT=split, BLOCK_S=_MERGED_SPLITS,
-        num_warps=4,
+        num_warps=4, **chained(q.device),
     )  # fmt: skip
     return output

@@ -13,9 +13,6 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        # Of captured passes; first in line for processors, since the compute waits for what it copies.
-        self.fetches = torch.cuda.Stream(device, priority=-1)
-        self.ahead = torch.cuda.Stream(device)  # of copies that no layer of the running pass waits for
         self._last_read: dict[int, torch.cuda.Event] = {}  # per layer, of this pass
         self._copied: dict[tuple[int, int], torch.cuda.Event] = {}  # (layer, slot) -> its copy is complete
 

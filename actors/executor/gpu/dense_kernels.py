@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.executor.gpu.chained_launch import chained, wait_for_previous
+
 MAX_ROWS = 32
 
 _NUM_LANES = 8  # warps of a program; each adds up its own part of K
@@ -22,8 +24,9 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, delta_ptr, weight_ptr,  # [rows, HIDDEN], the same or None, [HIDDEN]
     normed_ptr, sum_ptr,  # [rows, HIDDEN]
     eps,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(CHAINED)
     dtype = x_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK)
     mask = columns < HIDDEN
@@ -62,6 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None)
         HIDDEN=hidden,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
+        **chained(x.device),
     )
     return normed, total
 
@@ -84,13 +88,14 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     output_ptr,  # [num_rows, num_outputs]
     num_rows, num_outputs, num_inputs,
     EVEN: tl.constexpr,  # no tile hangs over the edge of the weight
-    LANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows.
 
     The tensor cores get the weight as their left operand, so that a batch is padded to 8 and not to 16. A batched product
     puts one warp on each lane: the warps share K, not outputs, and 16 outputs are enough work for a program.
     """
+    wait_for_previous(CHAINED)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_B)
     inner = tl.arange(0, LANES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [LANES, BLOCK_K]
@@ -147,6 +152,7 @@ def linear(
         LANES=_NUM_LANES, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_B=block_b,
         num_warps=_NUM_LANES,
         num_stages=4 if block_b == 8 else 3,  # so that an SM holds three programs, two of 32 rows
+        **chained(x.device),
     )  # fmt: skip
     return output
 
@@ -155,13 +161,14 @@ def linear(
 def _route_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, ids_ptr, weights_ptr,  # [rows, STRIDE], [rows, TOP_K] int32, [rows, TOP_K]
     STRIDE: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The experts of one row, taken one by one.
 
     A probability's bits sort like the number. Beside them in one integer, the complement of the id lets the lower of two
     equal experts win.
     """
+    wait_for_previous(CHAINED)
     row = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     is_expert = experts < NUM_EXPERTS
@@ -204,6 +211,6 @@ def route(
     _route_kernel[(rows,)](
         logits, ids, weights, STRIDE=stride, NUM_EXPERTS=num_experts, TOP_K=top_k, RENORMALIZE=renormalize,
         BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_K=triton.next_power_of_2(top_k),
-        num_warps=1,
+        num_warps=1, **chained(logits.device),
     )  # fmt: skip
     return ids, weights

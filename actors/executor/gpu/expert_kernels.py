@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.executor.gpu.chained_launch import chained, wait_for_previous
+
 _PAIRS_PER_TILE = tl.constexpr(16)  # the smallest tile of the tensor cores
 
 
@@ -60,9 +62,10 @@ def up_kernel(  # type: ignore[no-untyped-def]
     output_ptr,  # [rows * TOP_K, INTERMEDIATE]
     GATED: tl.constexpr,
     SLOT_STRIDE: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr,
-    PAIRS_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIRS_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """silu(x @ gate.T) * (x @ up.T), or relu(x @ up.T), for every pair of the wave's experts."""
+    wait_for_previous(CHAINED)
     group = tl.program_id(1)
     if group >= tl.load(num_ptr):
         return
@@ -102,9 +105,10 @@ def down_kernel(  # type: ignore[no-untyped-def]
     down_ptr,  # [slots, HIDDEN, INTERMEDIATE], SLOT_STRIDE elements apart
     output_ptr,  # [rows * TOP_K, HIDDEN]
     SLOT_STRIDE: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr,
-    PAIRS_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIRS_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """x @ down.T for every pair of the wave's experts, not yet weighted."""
+    wait_for_previous(CHAINED)
     group = tl.program_id(1)
     if group >= tl.load(num_ptr):
         return
@@ -134,9 +138,10 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     pairs_ptr,  # [rows * TOP_K, HIDDEN]
     weights_ptr,  # [rows, TOP_K]
     output_ptr,  # [rows, HIDDEN]
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Weighted sum over each row's choices, in their order."""
+    wait_for_previous(CHAINED)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < HIDDEN
@@ -158,5 +163,6 @@ def combine(pair_outputs: Tensor, weights: Tensor) -> Tensor:
     combine_kernel[(rows, triton.cdiv(hidden, 512))](
         pair_outputs, weights, output,
         HIDDEN=hidden, TOP_K=top_k, BLOCK=512, PRODUCT=getattr(tl, str(product).removeprefix("torch.")), num_warps=4,
+        **chained(pair_outputs.device),
     )  # fmt: skip
     return output

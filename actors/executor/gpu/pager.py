@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from actors.executor.eviction import HALF_LIFE_PASSES
+from actors.executor.gpu.chained_launch import chained
 from actors.executor.gpu.host_passes import HostPasses
 from actors.executor.gpu.page_state import ASKERS, NUM_COUNTERS, PREFETCHED, USED
 from actors.executor.gpu.paging_kernels import (
@@ -32,7 +33,7 @@ MAX_PREFETCHED = 4  # experts of a layer and step, by a guess of the next layer'
 _TABLES, _GUESSES = ASKERS.index(HASH_FUNCTION), ASKERS.index(NEXT_GATE)
 PAIRS_AT_ONCE = 1024  # (row, choice) pairs that a kernel of prompts looks at
 # Enough reads in flight to fill the link, few enough to leave the processors to the compute.
-_FETCH_PROGRAMS = 16
+_FETCH_PROGRAMS = 24
 _FETCH_BYTES = 16384  # per program and step
 
 
@@ -59,11 +60,18 @@ class DevicePager(HostPasses):
         super().__init__(*args, **options)
         device, num_layers = self.state.step.device, len(self._pools)
         self._scratch = _Scratch(self.num_experts, self.num_slots, device)
-        self._prefetch_scratch = _Scratch(self.num_experts, self.num_slots, device)
+        self._table_scratch = _Scratch(self.num_experts, self.num_slots, device)
         self._ahead_scratch = _Scratch(self.num_experts, self.num_slots, device)
-        # While a pass is queued, what its next layer waits for, and what that still reads.
-        self._prefetched: torch.cuda.Event | None = None
+        # In turns: what is guessed of a layer is planned while the copies of the one before may be under way.
+        self._guess_scratches = [_Scratch(self.num_experts, self.num_slots, device) for _ in range(2)]
+        # First in line for processors, since the compute waits for what they do.
+        self._fetches, self._plans = _stream(device, priority=-1), _stream(device, priority=-1)
+        self._aheads = _stream(device)  # no layer of the running pass waits for these copies
+        self._is_behind = True  # whether the stream of fetches has yet to wait for what the pass follows
+        # While a pass is queued: the change to the next layer's page table and the guess it reads; then its copies.
+        self._planned: torch.cuda.Event | None = None
         self._guess: Tensor | None = None
+        self._prefetched: torch.cuda.Event | None = None
         self._ahead: dict[int, torch.cuda.Event | None] = {}  # what each layer of the next pass waits for
         self._budget = np.full(num_layers, MAX_PREFETCHED, np.int32)
         # [layers, 1] int32: experts that a step may prefetch for each layer.
@@ -82,33 +90,35 @@ class DevicePager(HostPasses):
             self.prefetch_budget.copy_(torch.from_numpy(budget)[:, None])
 
     def begin_pass(self) -> None:
+        self._is_behind = True
         self.state.step.add_(1)
         self.row_missed.zero_()
 
     def begin_prompt(self) -> None:
         self.follow_experts()
+        self._is_behind = True
         self.state.step.add_(1)
         self.num_prefetched.zero_()
         self.num_copied_ahead.zero_()
 
     def join(self) -> None:
         """Have what is queued from now on wait for the running pass' prefetches."""
-        if self._prefetched is not None:
-            torch.cuda.current_stream().wait_event(self._prefetched)
-            self._prefetched = self._guess = None
+        self.join_tables()
+        _wait(self._prefetched)
+        self._prefetched = None
+        self._is_behind = True
+
+    def join_tables(self) -> None:
+        """As `join`, but only until page tables say what is prefetched: copies may still be under way."""
+        _wait(self._planned)
+        self._planned = self._guess = None
 
     def join_ahead(self, layer: int) -> None:
         """Have the layer of this pass, which is queued next, wait for what was copied for it ahead of the pass."""
         if layer in self._ahead:
-            self._wait_ahead(layer)
-            del self._ahead[layer]
+            _wait(self._ahead.pop(layer))
             self.num_copied_ahead += self._num_ahead[layer]
             self._num_ahead[layer].zero_()
-
-    def _wait_ahead(self, layer: int) -> None:
-        event = self._ahead.get(layer)
-        if event is not None:
-            torch.cuda.current_stream().wait_event(event)
 
     def _take_over(self) -> None:
         self.join()
@@ -149,24 +159,34 @@ class DevicePager(HostPasses):
             yield self._all_resident(layer, ids, num_active, most, of_prompts)
             return
         scratch = self._scratch
-        self.join()  # copies for this layer, whose page table they have changed
+        self.join_tables()
+        arriving, self._prefetched = self._prefetched, None
+        guess = next_scores if next_ids is None else next_ids
+        planned = None
+        if guess is not None and layer + 1 < len(self._pools):
+            guessed = self._guess_scratches[layer % 2]
+            with _beside(self._plans):
+                if next_ids is None:
+                    self._plan_likeliest(layer + 1, guess, num_active, top_k, guessed)
+                else:
+                    self._plan_used(layer + 1, guess, MAX_PREFETCHED, _GUESSES, guessed, self.num_prefetched)
+                planned = self._mark()
         self._page(layer, ids, num_active, of_prompts, first=True)
-        with self._beside():
-            self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
+        with _beside(self._fetches):  # behind the copies for this layer that are still under way
+            self._is_behind = False
+            self._fetch(layer, scratch)
             fetched = self._mark()
-            if next_scores is not None and layer + 1 < len(self._pools):
-                self._prefetch_next(layer + 1, next_scores, num_active, top_k)
-                self._prefetched, self._guess = self._mark(), next_scores
-            if next_ids is not None and layer + 1 < len(self._pools):
-                self._prefetch_used(layer + 1, next_ids, MAX_PREFETCHED, _GUESSES)
-                self._prefetched, self._guess = self._mark(), next_ids
+            if guess is not None and layer + 1 < len(self._pools):
+                _wait(planned)
+                self._fetch(layer + 1, guessed)
+                self._planned, self._guess, self._prefetched = planned, guess, self._mark()
+        _wait(arriving)
         yield scratch.hits(min(most, self.num_slots))
-        if fetched is not None:
-            torch.cuda.current_stream().wait_event(fetched)
+        _wait(fetched)
         yield scratch.misses(min(most, self.num_slots))
         for _ in range(self._num_more_waves(most)):
             self._page(layer, ids, num_active, of_prompts, first=False)
-            self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
+            self._fetch(layer, scratch)
             yield scratch.misses(min(most, self.num_slots))
 
     def _num_more_waves(self, most: int) -> int:
@@ -182,9 +202,13 @@ class DevicePager(HostPasses):
         if self.holds_all or not expert_ids:
             return
         # Layers before have made the copies wait for all earlier reads of any slot; their own compute, they need not.
-        with self._beside(after_queued=layer == 0):
-            self._wait_ahead(layer)
-            self._prefetch_used(layer, self._uploaded(expert_ids), self.num_slots, _TABLES)
+        with _beside(self._fetches, after_queued=self._is_behind):
+            self._is_behind = False
+            _wait(self._ahead.get(layer))
+            ids, scratch = self._uploaded(expert_ids), self._table_scratch
+            self._plan_used(layer, ids, self.num_slots, _TABLES, scratch, self.num_prefetched)
+            self._planned = self._mark()
+            self._fetch(layer, scratch)
             self._prefetched = self._mark()
 
     def prefetch_ahead(self, layer: int, expert_ids: Sequence[int]) -> None:
@@ -193,17 +217,17 @@ class DevicePager(HostPasses):
         """
         if self.holds_all or not expert_ids:
             return
-        with self._beside(ahead=True):
+        with _beside(self._aheads):
+            ids, scratch = self._uploaded(expert_ids), self._ahead_scratch
             count = self._num_ahead[layer : layer + 1]
-            self._prefetch_used(
-                layer, self._uploaded(expert_ids), self.num_slots, _TABLES, self._ahead_scratch, count
-            )
+            self._plan_used(layer, ids, self.num_slots, _TABLES, scratch, count)
+            self._fetch(layer, scratch)
             self._ahead[layer] = self._mark()
 
     def _uploaded(self, expert_ids: Sequence[int]) -> Tensor:
         """On the current stream."""
         ids = torch.tensor(expert_ids, dtype=torch.int32)
-        if self._copies is not None:
+        if self._fetches is not None:
             ids = ids.pin_memory()
         return ids.to(self.state.step.device, non_blocking=True)
 
@@ -213,7 +237,7 @@ class DevicePager(HostPasses):
             ids, num_active, self.state.counters[layer],
             scratch.hit_experts, scratch.num_hits,
             TOP_K=top_k, NUM_EXPERTS=self.num_experts, EXPERTS_P=_padded(self.num_experts),
-            PAIRS=PAIRS_AT_ONCE if of_prompts else _padded(rows * top_k),
+            PAIRS=PAIRS_AT_ONCE if of_prompts else _padded(rows * top_k), **chained(ids.device),
         )  # fmt: skip
         return Wave(scratch.hit_experts, scratch.hit_experts, scratch.num_hits, scratch.identity, most)
 
@@ -231,11 +255,13 @@ class DevicePager(HostPasses):
             TOP_K=top_k, NUM_EXPERTS=self.num_experts,
             NUM_SLOTS=self.num_slots, ROWS_P=1 if of_prompts else _padded(rows), TOP_K_P=_padded(top_k), EXPERTS_P=experts_p,
             SLOTS_P=slots_p, COUNTERS=NUM_COUNTERS, PAIRS=PAIRS_AT_ONCE if of_prompts else _padded(rows * top_k),
-            num_warps=4 if slots_p <= 128 else 8,
+            num_warps=4 if slots_p <= 128 else 8, **chained(ids.device),
         )  # fmt: skip
 
-    def _prefetch_next(self, layer: int, scores: Tensor, num_active: Tensor, top_k: int) -> None:
-        state, scratch = self.state, self._prefetch_scratch
+    def _plan_likeliest(
+        self, layer: int, scores: Tensor, num_active: Tensor, top_k: int, scratch: "_Scratch"
+    ) -> None:
+        state = self.state
         assert scores.stride(1) == 1
         prefetch_kernel[(1,)](
             scores, num_active, self.prefetch_budget[layer],
@@ -247,19 +273,11 @@ class DevicePager(HostPasses):
             NUM_SLOTS=self.num_slots, ROWS=len(scores), EXPERTS_P=_padded(self.num_experts),
             SLOTS_P=_padded(self.num_slots), COUNTERS=NUM_COUNTERS,
         )  # fmt: skip
-        self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
 
-    def _prefetch_used(
-        self,
-        layer: int,
-        ids: Tensor,
-        budget: int,
-        asker: int,
-        scratch: "_Scratch | None" = None,
-        count: Tensor | None = None,
+    def _plan_used(
+        self, layer: int, ids: Tensor, budget: int, asker: int, scratch: "_Scratch", count: Tensor
     ) -> None:
-        state, scratch = self.state, scratch or self._prefetch_scratch
-        count = self.num_prefetched if count is None else count
+        state = self.state
         prefetch_used_kernel[(1,)](
             ids, ids.numel(), budget,
             state.slot_of[layer], state.expert_in[layer], state.stamps[layer], state.heat[layer], state.unused[layer],
@@ -269,36 +287,21 @@ class DevicePager(HostPasses):
             NUM_SLOTS=self.num_slots, EXPERTS_P=_padded(self.num_experts), SLOTS_P=_padded(self.num_slots),
             COUNTERS=NUM_COUNTERS, PAIRS=PAIRS_AT_ONCE, ASKER=asker,
         )  # fmt: skip
-        self._fetch(layer, scratch.num_misses, scratch.miss_slots, scratch.miss_experts)
 
-    def _fetch(self, layer: int, num: Tensor, slots: Tensor, experts: Tensor) -> None:
+    def _fetch(self, layer: int, scratch: "_Scratch") -> None:
         target, stored = self._pools[layer].elements, self.source.layout
         if stored.dtype == target.dtype:
             target = target.view(torch.int64)
         stored_type = getattr(tl, str(target.dtype if target.dtype == torch.int64 else stored.dtype)[6:])
         fetch_kernel[(_FETCH_PROGRAMS,)](
-            num, slots, experts, self._addresses[layer], target,
+            scratch.num_misses, scratch.miss_slots, scratch.miss_experts, self._addresses[layer], target,
             SLAB_ELEMENTS=target.shape[1], BLOCK=_FETCH_BYTES // target.element_size(), PROGRAMS=_FETCH_PROGRAMS,
             STORED=stored_type, num_warps=8,
         )  # fmt: skip
 
-    @contextmanager
-    def _beside(self, after_queued: bool = True, ahead: bool = False) -> Iterator[None]:
-        """The body on the stream of fetches, or of those for the next pass, after what is queued on the current one or
-        beside it.
-        """
-        if self._copies is None:
-            yield
-            return
-        stream = self._copies.ahead if ahead else self._copies.fetches
-        if after_queued:
-            stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
-
     def _mark(self) -> torch.cuda.Event | None:
         """What is queued on the current stream so far."""
-        if self._copies is None:
+        if self._fetches is None:
             return None
         event = torch.cuda.Event()
         event.record()
@@ -324,6 +327,29 @@ class _Scratch:
 
     def misses(self, most: int) -> Wave:
         return Wave(self.miss_slots, self.miss_experts, self.num_misses, self.miss_map, most)
+
+
+def _stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream | None:
+    """None where everything runs in the order in which it is queued."""
+    return torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
+
+
+@contextmanager
+def _beside(stream: torch.cuda.Stream | None, after_queued: bool = True) -> Iterator[None]:
+    """The body on another stream, after what is queued on the current one or beside it."""
+    if stream is None:
+        yield
+        return
+    if after_queued:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _wait(event: torch.cuda.Event | None) -> None:
+    """Have what is queued on the current stream from now on wait for it."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
 
 
 def _padded(size: int) -> int:

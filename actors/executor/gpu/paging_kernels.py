@@ -8,6 +8,8 @@ are `DevicePager`'s.
 import triton
 import triton.language as tl
 
+from actors.executor.gpu.chained_launch import wait_for_previous
+
 _MAX_EXPERTS = tl.constexpr(4096)  # of a layer; scales stamps so that expert ids break ties
 _FREE = tl.constexpr(-(1 << 40))
 _LAST = tl.constexpr(1 << 61)
@@ -134,12 +136,13 @@ def page_kernel(  # type: ignore[no-untyped-def]
     miss_slots_ptr, miss_experts_ptr, num_misses_ptr, miss_map_ptr,  # what is to be copied, then computed
     FIRST: tl.constexpr, STAMP_USE: tl.constexpr, BY_HEAT: tl.constexpr, HALF_LIFE: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     NUM_SLOTS: tl.constexpr, ROWS_P: tl.constexpr, TOP_K_P: tl.constexpr, EXPERTS_P: tl.constexpr,
-    SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr, PAIRS: tl.constexpr,
+    SLOTS_P: tl.constexpr, COUNTERS: tl.constexpr, PAIRS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One wave of one layer. The first wave serves what is resident and as many misses as other slots can take; each
     later wave serves what is left, in slots whose experts this step no longer needs. Names with _P are padded to powers
     of two.
     """
+    wait_for_previous(CHAINED)
     experts, slots = tl.arange(0, EXPERTS_P), tl.arange(0, SLOTS_P)
     is_expert = experts < NUM_EXPERTS
     step, num_active = tl.load(step_ptr), tl.load(num_active_ptr)
@@ -419,9 +422,10 @@ def fetch_kernel(  # type: ignore[no-untyped-def]
 def list_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, num_active_ptr, counters_ptr,  # as in `page_kernel`
     experts_ptr, num_ptr,
-    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_P: tl.constexpr, PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_P: tl.constexpr, PAIRS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The distinct experts of a step, where all are resident."""
+    wait_for_previous(CHAINED)
     experts = tl.arange(0, EXPERTS_P)
     needed = _uses(ids_ptr, 0, tl.load(num_active_ptr) * TOP_K, EXPERTS_P, PAIRS) > 0
     needed = needed & (experts < NUM_EXPERTS)

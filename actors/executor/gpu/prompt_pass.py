@@ -138,7 +138,7 @@ class PromptPass:
         return output
 
     def _count(self, layer: int, ids: Tensor) -> None:
-        self._pager.join()  # what was prefetched for this layer is no miss
+        self._pager.join_tables()  # what was prefetched for this layer is no miss
         self._pager.join_ahead(layer)
         count_kernel[(len(self.prompts.inputs),)](
             ids, self.prompts.starts, self._pager.state.slot_of[layer], self.needed, self.missed,

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from actors.executor.gpu.chained_launch import chained
 from actors.executor.gpu.expert_kernels import combine, down_kernel, up_kernel
 from actors.executor.gpu.pager import DevicePager, Wave
 
@@ -93,6 +94,7 @@ class KernelPairOutputs:
             "INTERMEDIATE": intermediate,
             "TOP_K": self._ids.shape[1],
             "PAIRS_P": triton.next_power_of_2(self._ids.numel()),
+            **chained(self._ids.device),
         }
         up_kernel[(triton.cdiv(intermediate, _UP_TILE["BLOCK_N"]), wave.max_experts)](
             self._hidden, *entries, self._up, self._activated,

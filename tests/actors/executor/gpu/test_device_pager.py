@@ -83,9 +83,15 @@ def test_device_pages_as_the_host_does(
         with reference.reading(layer, needed):
             pass
         assert torch.equal(residents(pager.state.slot_of), residents(reference.page_table))
-    pager.refresh()
+    refresh(pager)
     for layer in range(NUM_LAYERS):
         assert pager.counters(layer) == reference.counters(layer)
+
+
+def refresh(pager: DevicePager) -> None:
+    pager.refresh()
+    if pager.state.step.is_cuda:
+        torch.cuda.synchronize()
 
 
 def residents(slot_of: Tensor) -> Tensor:
@@ -180,7 +186,7 @@ def test_all_experts_in_slots_of_their_own(device: str) -> None:
     pager = make_device_pager(NUM_EXPERTS, "lru", device)
     pager.load_all()
     assert page(pager, 1, torch.tensor([[3, 1], [5, 3]])) == [{1: 11.0, 3: 13.0, 5: 15.0}]
-    pager.refresh()
+    refresh(pager)
     assert (pager.counters(1).hits, pager.counters(1).misses) == (3, 0)
 
 
@@ -227,7 +233,7 @@ def test_likeliest_absent_experts_are_prefetched_for_the_next_layer(device: str)
     page_with_scores(pager, 0, torch.tensor([[2, 3]]), torch.tensor([[0.5, 3.0, 0.1, 2.0, 2.5, 0.0]]))
     assert residents(pager.state.slot_of)[1].nonzero().squeeze(1).tolist() == [0, 1, 4]
     assert page(pager, 1, torch.tensor([[4, 5]])) == [{4: 14.0}, {5: 15.0}]
-    pager.refresh()
+    refresh(pager)
     counters = pager.counters(1)
     assert (counters.prefetched, counters.prefetched_used, counters.prefetched_wasted) == (1, 1, 0)
 
@@ -244,7 +250,7 @@ def test_prefetching_evicts_the_oldest_and_nothing_that_is_predicted(device: str
     assert all(slot_of[expert] == slot for slot, expert in enumerate(expert_in))
     page(pager, 1, torch.tensor([[0, 1]]))
     page(pager, 1, torch.tensor([[2, 3]]))
-    pager.refresh()
+    refresh(pager)
     assert pager.counters(1).prefetched_wasted == 1
 
 
@@ -327,7 +333,7 @@ def test_copies_are_counted_by_who_asked_for_them(device: str) -> None:
     pager.prefetch_used(1, [1])  # 2 leaves
     with pager.host_pass(), pager.reading(1, [1, 2]):  # 3 leaves
         pass
-    pager.refresh()
+    refresh(pager)
     assert pager.prefetches() == {
         HASH_FUNCTION: PrefetchCounts(copied=2, used=2),
         NEXT_GATE: PrefetchCounts(copied=1, used=1),
@@ -351,7 +357,7 @@ def test_a_copy_is_wasted_by_whatever_takes_its_slot(device: str) -> None:
     page(pager, 1, torch.tensor([[3]]))  # of 4
     page(pager, 1, torch.tensor([[4]]))  # of 5, which a table named
     page(pager, 1, torch.tensor([[5]]))  # of 0, which the next gate named
-    pager.refresh()
+    refresh(pager)
     assert pager.prefetches() == {
         HASH_FUNCTION: PrefetchCounts(copied=1, wasted=1),
         NEXT_GATE: PrefetchCounts(copied=1, wasted=1),
