@@ -17,6 +17,9 @@ def wait_for_previous(CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
     Every program of a chained kernel begins with it: only what no kernel writes may be read before. So a kernel that
     is done has outlived all before it, and what comes after needs to wait for the last one only. The next one is let in
     no sooner, since it would only wait in the place of programs that have work.
+
+    "Before" may be another stream: in a graph, a kernel that follows nothing but an event of another stream takes its
+    place early as well. One that follows both its own stream and an event begins when both are done.
     """
     if CHAINED:
         gdc_wait()
