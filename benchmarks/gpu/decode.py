@@ -45,7 +45,7 @@ from benchmarks.gpu.decode_report import (
     print_row,
     print_table,
 )
-from benchmarks.gpu.library_baselines import measure_baselines
+from benchmarks.gpu.library_baselines import baselines_s, measure_baselines
 from benchmarks.gpu.limits import measure_rates
 from benchmarks.gpu.paged_model import Case, PagedDecoding, table_rows
 from benchmarks.gpu.plot_decode import baselines_of, plot, title_of
@@ -85,7 +85,7 @@ class Benchmark:
 
     def run(self) -> None:
         for index, setup in enumerate(self._setups):
-            if self.left_s() < LAST_S:
+            if self._for_cases_s() < LAST_S:
                 self._skip(setup, "no time was left")
                 continue
             try:
@@ -110,6 +110,9 @@ class Benchmark:
 
     def left_s(self) -> float:
         return float(self._arguments.time_limit_s - (time.perf_counter() - self._started))
+
+    def _for_cases_s(self) -> float:
+        return self.left_s() - baselines_s(self._arguments)
 
     def _measure_setup(self, setup: Setup, num_later: int) -> None:
         started = time.perf_counter()
@@ -157,10 +160,10 @@ class Benchmark:
     ) -> None:
         for index, case in enumerate(cases):
             batch, routing = case.batch, case.routing
-            if self.left_s() < LAST_S:
+            if self._for_cases_s() < LAST_S:
                 self._skip(setup, f"no time was left from batch {batch}, {routing} on")
                 return
-            free_s = self.left_s() - LAST_S - num_later * min(self._setup_s, LATER_SETUP_S)
+            free_s = self._for_cases_s() - LAST_S - num_later * min(self._setup_s, LATER_SETUP_S)
             limit_s = max(1.0, free_s / (len(cases) * (1 + num_later) - index))
             row, outputs = measure_decode(decoding, case, self._tables[routing], self._plan, limit_s)
             limits = self._limits(row)

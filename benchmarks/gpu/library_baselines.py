@@ -8,18 +8,28 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from benchmarks.gpu.baselines import measure_offloaded, measure_resident, weight_read_limit_ms
+from benchmarks.gpu.baselines import (
+    IMPLEMENTATIONS,
+    measure_offloaded,
+    measure_resident,
+    weight_read_limit_ms,
+)
 from benchmarks.gpu.shapes import random_model, random_model_with_cpu_experts
 
 Row = dict[str, Any]
 
 BASELINES = ("library", "offload")
-IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 RUNS = 5
 OFFLOAD_LIMIT_S = 20.0
 # To draw the full model once more and measure it: nothing begins with less time left.
 MODEL_S = {"library": 30.0, "offload": 90.0}
 BATCH_S = 5.0
+
+
+def baselines_s(arguments: argparse.Namespace) -> float:
+    """What should be left for all of them."""
+    per_batch = BATCH_S * len(IMPLEMENTATIONS) if "library" in arguments.baseline else 0.0
+    return sum(MODEL_S[name] for name in arguments.baseline) + per_batch * len(arguments.batch)
 
 
 def measure_baselines(
