@@ -57,28 +57,26 @@ def main() -> None:
     engine_answers = measure_engine(
         settings, prompts, list(plans.values()), arguments.new_tokens, arguments.engine_timeout_s
     )
+    record: dict[str, Any] = {
+        "benchmark": "gpu_serving",
+        "conditions": conditions(**vars(arguments)),
+        "results": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         log = arguments.log or Path(folder) / "application.log"
         with (
             Application(settings, arguments.object_store_gb, log) as application,
             LoadClients(f"{application.url}/v1", application.model, arguments.client_processes) as clients,
         ):
-            rows = [
-                measure_level(application, clients, plan, prompts, arguments.new_tokens, alone)
-                for plan, alone in zip(plans.values(), engine_answers, strict=True)
-            ]
-            slots = application.get("/v1/experts")["executors"][0]["slots_per_layer"]
-    record = {
-        "benchmark": "gpu_serving",
-        "conditions": conditions(**vars(arguments)),
-        "application_ready_s": round(application.ready_s, 1),
-        "slots_per_layer": slots,
-        "results": rows,
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            record["application_ready_s"] = round(application.ready_s, 1)
+            record["slots_per_layer"] = application.get("/v1/experts")["executors"][0]["slots_per_layer"]
+            for plan, alone in zip(plans.values(), engine_answers, strict=True):
+                row = measure_level(application, clients, plan, prompts, arguments.new_tokens, alone)
+                record["results"].append(row)
+                if arguments.out is not None:  # a run that ends early keeps what it has
+                    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.plot is not None:
-        plot(rows, arguments.plot)
+        plot(record["results"], arguments.plot)
     print(json.dumps(record))
 
 
