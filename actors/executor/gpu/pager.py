@@ -67,7 +67,7 @@ class DevicePager(HostPasses):
         # First in line for processors, since the compute waits for what they do.
         self._fetches, self._plans = _stream(device, priority=-1), _stream(device, priority=-1)
         self._aheads = _stream(device)  # no layer of the running pass waits for these copies
-        self._is_behind = True  # whether the stream of fetches has yet to wait for what the pass follows
+        self._is_behind = True  # whether the stream of fetches has yet to wait for what this pass follows
         # While a pass is queued: the change to the next layer's page table and the guess it reads; then its copies.
         self._planned: torch.cuda.Event | None = None
         self._guess: Tensor | None = None
@@ -106,7 +106,6 @@ class DevicePager(HostPasses):
         self.join_tables()
         _wait(self._prefetched)
         self._prefetched = None
-        self._is_behind = True
 
     def join_tables(self) -> None:
         """As `join`, but only until page tables say what is prefetched: copies may still be under way."""
