@@ -161,9 +161,10 @@ class DevicePager(HostPasses):
         self.join_tables()
         arriving, self._prefetched = self._prefetched, None
         guess = next_scores if next_ids is None else next_ids
-        planned = None
-        if guess is not None and layer + 1 < len(self._pools):
-            guessed = self._guess_scratches[layer % 2]
+        if layer + 1 == len(self._pools):
+            guess = None
+        guessed = self._guess_scratches[layer % 2]
+        if guess is not None:
             with _beside(self._plans):
                 if next_ids is None:
                     self._plan_likeliest(layer + 1, guess, num_active, top_k, guessed)
@@ -175,7 +176,7 @@ class DevicePager(HostPasses):
             self._is_behind = False
             self._fetch(layer, scratch)
             fetched = self._mark()
-            if guess is not None and layer + 1 < len(self._pools):
+            if guess is not None:
                 _wait(planned)
                 self._fetch(layer + 1, guessed)
                 self._planned, self._guess, self._prefetched = planned, guess, self._mark()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from actors.executor.gpu.device_prompts import DevicePrompts
 from actors.executor.gpu.fused_model import FusedModel
+from actors.executor.gpu.pager import DevicePager
 from actors.executor.pager import ABSENT
 from actors.executor.passes import Pass
 from actors.executor.prompts import PromptResult
@@ -101,3 +102,26 @@ def test_what_is_prefetched_is_no_miss_but_is_counted_as_moved(device: str, tmp_
     assert torch.equal(plain.logits, ahead.logits)
     assert ahead.missed[0] < plain.missed[0]
     assert ahead.fetched[0] > ahead.missed[0]
+
+
+def test_warm_up_has_one_prefetch_for_a_layer_under_way_at_a_time(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two streams would both find the expert absent, and each give it a slot."""
+    prompts = Prompts(make_checkpoint("qwen3_moe", tmp_path, num_layers=LAYERS), 5, device)
+    pager, under_way, begun = prompts.model.pager, set[int](), list[int]()
+    assert isinstance(pager, DevicePager)
+
+    def begin(layer: int, expert_ids: Sequence[int]) -> None:
+        assert layer not in under_way
+        under_way.add(layer)
+        begun.append(layer)
+
+    monkeypatch.setattr(pager, "prefetch_used", begin)
+    monkeypatch.setattr(pager, "prefetch_ahead", begin)
+    monkeypatch.setattr(pager, "join", under_way.clear)
+    monkeypatch.setattr(pager, "join_ahead", under_way.discard)
+    prompts.reader.warm_up(num_tokens=4)
+    assert begun == [0, 0, 1, 1]
+    assert not under_way
+    pager.close()
