@@ -29,6 +29,8 @@ def wait_for_previous(CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
 @cache
 def chained(device: torch.device) -> dict[str, bool]:
     """What a launch of a kernel with `wait_for_previous` is given."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {"CHAINED": False}
+    if torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
         return {"CHAINED": False}
     return {"CHAINED": True, "launch_pdl": True}
